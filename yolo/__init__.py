@@ -1,0 +1,1 @@
+"""YOLOv3 and a small ResNet in plain Lightning Fabric: the parts that the scripts assemble."""

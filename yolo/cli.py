@@ -1,0 +1,115 @@
+"""How each script reads its flags and ends: `--config FILE.yaml` first, flags over it, one clear line on failure.
+
+Exit codes: 0 done, 1 failed, 2 bad arguments, 143 / 130 stopped by SIGTERM / SIGINT after saving.
+"""
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+import yaml
+
+from yolo.errors import UsageError, UserError
+
+Args = TypeVar("Args")
+
+
+def parse(
+    args_class: type[Args], argv: Sequence[str] | None, description: str, default_config: str | None = None
+) -> Args:
+    """Parse flags into `args_class`, over the YAML file that `--config` (or `default_config`) names.
+
+    The keys of the file are the names of the flags, with underscores.
+
+    Raises:
+        UsageError: for an unreadable file or an unknown key, naming the nearest one.
+        SystemExit: with 2 for flags that do not parse, with 0 after `--help`.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    config_file = _value_of("--config", words) or default_config
+    default = args_class() if config_file is None else _from_yaml(args_class, Path(config_file))
+    return tyro.cli(args_class, args=words, default=default, description=description)
+
+
+def run(main: Callable[[Sequence[str] | None], int]) -> None:
+    """Run a script's `main` and exit with its code; print errors as one line unless `--debug` is given."""
+    debug = "--debug" in sys.argv
+    try:
+        code = main(None)
+    except UserError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        code = 130
+    sys.exit(code)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file.
+
+    Raises:
+        UsageError: if the file is missing, is no YAML, or is no mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UsageError(f"--config {path}: cannot be read ({error.strerror})") from None
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        raise UsageError(f"--config {path}{line}: is not valid YAML") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"--config {path}: must hold `key: value` lines")
+    return values
+
+
+def _from_yaml(args_class: type[Args], path: Path) -> Args:
+    values = read_yaml(path)
+    known = {field.name for field in dataclasses.fields(args_class)}  # type: ignore[arg-type]
+    words: list[str] = []
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise UsageError(f"--config {path}: unknown key '{key}'{hint}")
+        words += _as_flag(key, value)
+    try:
+        return tyro.cli(args_class, args=words, console_outputs=False)
+    except SystemExit:
+        raise UsageError(
+            f"--config {path}: {_first_bad_key(args_class, values)} has a value of the wrong type"
+        ) from None
+
+
+def _as_flag(key: str, value: Any) -> list[str]:
+    flag = key.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return [f"--{flag}", text]
+
+
+def _first_bad_key(args_class: type, values: dict[str, Any]) -> str:
+    for key, value in values.items():
+        try:
+            tyro.cli(args_class, args=_as_flag(key, value), console_outputs=False)
+        except SystemExit:
+            return f"'{key}: {value}'"
+    return "a key"
+
+
+def _value_of(flag: str, words: Sequence[str]) -> str | None:
+    for word, following in zip_longest(words, words[1:]):
+        if word == flag:
+            return following
+        if word.startswith(f"{flag}="):
+            return word.split("=", 1)[1]
+    return None

@@ -1,0 +1,329 @@
+"""Every setting of a run as frozen dataclasses; `yolo.cli` renders them as flags and reads them from YAML.
+
+The classes are groups of flags that mean the same wherever a script has them. This module must stay cheap to
+import: `--help` answers without torch.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
+
+from yolo.errors import UsageError
+
+
+def _comma_list(item: type, metavar: str) -> PrimitiveConstructorSpec[Any]:
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: tuple(item(word) for word in words[0].split(",") if word.strip()),
+        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(v, item) for v in value),
+        str_from_instance=lambda value: [",".join(str(v) for v in value)],
+    )
+
+
+Sizes = Annotated[tuple[int, ...], _comma_list(int, "INT,INT,...")]
+Floats = Annotated[tuple[float, ...], _comma_list(float, "NUMBER,NUMBER,...")]
+
+# The nine (w, h) of the YOLOv3 paper, section 2.3: pixels of a 416 x 416 input, from small to large.
+COCO_ANCHORS = (10, 13, 16, 30, 33, 23, 30, 61, 62, 45, 59, 119, 116, 90, 156, 198, 373, 326)
+ANCHOR_REFERENCE_SIZE = 416
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, which classes, and how they are read."""
+
+    task: Literal["detection", "classification"] = "detection"
+    """What is learned."""
+    dataset: Literal["digits", "voc", "csv", "yolo", "cifar10", "images"] = "digits"
+    """Layout of the data: `digits` is made on first use; `voc` is VOC XML (devkit or one folder); `csv` the Kaggle
+    copy of VOC; `yolo` plain YOLO folders; `cifar10` the binary version; `images` one folder per class (or a tar/zip)."""
+    data_root: str | None = None
+    """Folder (or archive) of the data set. Default: `data/<dataset>`."""
+    train_split: str = "train"
+    """What to train on; several VOC years are joined by +, as in `2007:trainval+2012:trainval`."""
+    split: str = "test"
+    """What to evaluate on, as in `2007:test`."""
+    classes: str = "auto"
+    """`voc` (the official twenty in their order), `auto` (those found in the training split, sorted), or a comma list."""
+    skip_bad: bool = False
+    """Leave out unreadable images and broken boxes, and print what was left out, instead of stopping."""
+    download: bool = False
+    """Fetch the official files of the data set when they are missing."""
+    cache: Literal["none", "ram"] = "none"
+    """`ram` keeps decoded images in memory that all workers share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Changes made to a training sample; each `aug_*` is the probability that the transform is applied."""
+
+    mosaic_prob: float = 0.75
+    """Share of training samples composed of four images."""
+    mosaic_off_epochs: int = 0
+    """Train the last N epochs without mosaic."""
+    aug_flip: float = 0.5
+    """Horizontal mirror image."""
+    aug_affine: float = 0.5
+    """Scale, shift, small rotation and shear."""
+    aug_color: float = 0.5
+    """Brightness, contrast, saturation and hue."""
+    aug_blur: float = 0.05
+    """Gaussian blur."""
+    aug_clahe: float = 0.05
+    """Contrast-limited adaptive histogram equalisation."""
+    aug_gray: float = 0.05
+    """Drop the colours."""
+    aug_crop: float = 0.0
+    """Classification: random crop after 4-pixel padding."""
+    aug_cutout: float = 0.0
+    """Classification: one 8x8 hole filled with the mean colour."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network."""
+
+    width: float = 1.0
+    """Factor on every channel count ("reduced kernels" below 1)."""
+    anchors: Annotated[str, tyro.conf.arg(metavar="coco|auto|W,H,...")] = "coco"
+    """Nine anchors, small to large, in pixels of a 416 input: `coco` (the paper's), `auto` (clustered from the training
+    boxes), or 18 numbers. They are scaled once by test_size / 416 and then fixed for the run."""
+    init_weights: str | None = None
+    """Start from these weights: one of our checkpoints, a Darknet `.weights` file, or a torch state dict."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights of the four loss terms and the assignment rule."""
+
+    box_weight: float = 10.0
+    object_weight: float = 1.0
+    no_object_weight: float = 10.0
+    class_weight: float = 1.0
+    assignment: Literal["reference", "paper"] = "reference"
+    """`reference`: the best free anchor of each scale is positive. `paper`: only the best of all nine anchors."""
+    ignore_iou: float = 0.5
+    """Anchors (reference) or predictions (paper) that overlap a box by more than this are not taught "no object"."""
+    object_target: Literal["iou", "one"] = "iou"
+    """What objectness learns on positive cells: the overlap of its prediction, or 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Optimiser and the one-cycle."""
+
+    epochs: int = 40
+    max_steps: int | None = None
+    """End after this many optimizer steps; the schedule stays as planned."""
+    batch_size: int | Literal["auto"] = 16
+    """Global batch of one optimizer step; ranks x grad_accum_steps must divide it. `auto` finds the largest that fits."""
+    grad_accum_steps: int = 1
+    """Micro-batches per optimizer step."""
+    img_sizes: Sizes = (416,)
+    """Training sizes, one drawn per optimizer step, as in `320,416,512`."""
+    test_size: int | None = None
+    """Size of test images. Default: 416 if it is among img_sizes, else their middle value."""
+    max_lr: float | Literal["auto"] = 1e-3
+    """Peak of the one-cycle; `auto` takes it from a learning-rate range test."""
+    pct_start: float = 0.2
+    """Share of the steps before the peak."""
+    div_factor: float = 25.0
+    """Start at max_lr / div_factor."""
+    final_div_factor: float = 1000.0
+    """End at max_lr / div_factor / final_div_factor."""
+    anneal: Literal["cos", "linear"] = "cos"
+    weight_decay: float = 5e-4
+    """Decay of weights with two or more dimensions (not of biases and normalisation)."""
+    max_norm: float = 10.0
+    """Clip the gradient to this norm."""
+    ema_decay: float = 0.998
+    """Decay of the averaged weights that are evaluated."""
+    label_smoothing: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardwareConfig:
+    """Where and how it runs."""
+
+    accelerator: str = "auto"
+    """`cpu`, `cuda`, `mps` or `auto`."""
+    devices: int | Literal["auto"] = "auto"
+    """Number of devices per node. Under torchrun and srun their own numbers win."""
+    num_nodes: int = 1
+    precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed"] = "auto"
+    """`auto`: 16-mixed on CUDA, bf16-mixed on CPUs with native support, else 32-true."""
+    workers: int | Literal["auto"] = "auto"
+    """Loader processes per rank. `auto`: CPUs of this process / local ranks, at least 1."""
+    compile: bool = False
+    """torch.compile the model: slower start, faster steps."""
+    sync_batchnorm: bool = False
+    """Normalise over all ranks (CUDA only)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PostprocessConfig:
+    """From raw predictions to detections."""
+
+    score_threshold: float = 0.01
+    """Lowest score that enters mAP."""
+    iou_threshold: float = 0.45
+    """Overlap above which non-maximum suppression drops the weaker box of a class."""
+    max_detections: int = 300
+    """Most detections kept per image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is written, and when."""
+
+    log_every: int = 10
+    """Optimizer steps between two log lines (each waits for the device once)."""
+    plot_every: int | None = None
+    """Epochs between pictures in TensorBoard. Default: the first and the last epoch."""
+    eval_every: int = 1
+    """Epochs between evaluations of the accuracies."""
+    map_every: int | Literal["last"] = "last"
+    """Epochs between computations of mAP; `last` does it once, at the end."""
+    save_every: Annotated[str, tyro.conf.arg(metavar="STEPS|10m")] = "10m"
+    """Optimizer steps, or time as in `90s 10m 2h`, between checkpoints; each epoch is saved as well."""
+    keep: int | None = None
+    """Keep this many newest checkpoints (best and last always stay). Default: keep all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(
+    LogConfig,
+    PostprocessConfig,
+    HardwareConfig,
+    ScheduleConfig,
+    LossConfig,
+    ModelConfig,
+    AugmentConfig,
+    DataConfig,
+):
+    """Everything that defines a run. Stored as `config.yaml` and inside each checkpoint."""
+
+    name: str = "run"
+    """Name of the configuration: begins the name of the run folder."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work, naming the flag."""
+        _require_sizes("--img-sizes", self.img_sizes)
+        if self.test_size is not None:
+            _require_sizes("--test-size", (self.test_size,))
+        for field in dataclasses.fields(AugmentConfig):
+            if field.name != "mosaic_off_epochs":
+                _require_probability(field.name, getattr(self, field.name))
+        for name in (
+            "score_threshold",
+            "iou_threshold",
+            "ignore_iou",
+            "label_smoothing",
+            "ema_decay",
+            "pct_start",
+        ):
+            _require_probability(name, getattr(self, name))
+        for name in ("epochs", "grad_accum_steps", "num_nodes", "max_detections", "log_every", "eval_every"):
+            _require_positive(name, getattr(self, name))
+        for name in ("width", "div_factor", "final_div_factor", "max_norm"):
+            _require_positive(name, getattr(self, name))
+        for name in ("max_steps", "plot_every", "keep", "batch_size", "max_lr", "map_every", "devices"):
+            if not isinstance(getattr(self, name), str | None):
+                _require_positive(name, getattr(self, name))
+        parse_interval(self.save_every)
+        anchor_sizes(self.anchors)
+
+    @property
+    def resolved_test_size(self) -> int:
+        """`test_size`, or 416 if it is among the training sizes, else their middle value."""
+        if self.test_size is not None:
+            return self.test_size
+        sizes = sorted(self.img_sizes)
+        return 416 if 416 in sizes else sizes[len(sizes) // 2]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain types only (sizes as lists), fit for YAML and for a checkpoint."""
+        values = dataclasses.asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Config":
+        """Rebuild a configuration that `to_dict` stored; keys that this version does not know are ignored."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        pairs = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        return cls(**{key: value for key, value in pairs.items() if key in known})
+
+
+def anchor_sizes(text: str) -> tuple[float, ...] | None:
+    """Return the 18 numbers of an `--anchors` value in pixels of a 416 input; None for `auto`.
+
+    Raises:
+        UsageError: if the text is neither `coco`, `auto` nor nine positive pairs.
+    """
+    if text == "auto":
+        return None
+    if text == "coco":
+        return tuple(float(value) for value in COCO_ANCHORS)
+    try:
+        numbers = tuple(float(word) for word in text.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) != 18 or min(numbers) <= 0:
+        raise UsageError(
+            f"--anchors {text}: want coco, auto, or nine pairs w,h (18 positive numbers, small to large)"
+        )
+    return numbers
+
+
+def parse_interval(text: str) -> tuple[int | None, float | None]:
+    """Read `500` as (500 steps, None) and `90s`, `10m`, `2h45m` as (None, seconds).
+
+    Raises:
+        UsageError: if the text is neither.
+    """
+    if text.isdigit() and int(text) > 0:
+        return int(text), None
+    seconds, digits = 0.0, ""
+    for letter in text:
+        if letter.isdigit() or letter == ".":
+            digits += letter
+        elif letter in "smh" and digits:
+            seconds += float(digits) * {"s": 1, "m": 60, "h": 3600}[letter]
+            digits = ""
+        else:
+            digits = "?"
+            break
+    if digits or seconds <= 0:
+        raise UsageError(
+            f"'{text}' is no interval: want a number of steps such as 500, or a time such as 90s, 10m, 2h45m"
+        )
+    return None, seconds
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _require_sizes(flag: str, sizes: tuple[int, ...]) -> None:
+    bad = [size for size in sizes if size <= 0 or size % 32]
+    if bad or not sizes:
+        shown = ",".join(map(str, sizes))
+        near = max(32, round((bad or [416])[0] / 32) * 32)
+        raise UsageError(
+            f"{flag} {shown}: sizes must be multiples of 32 (the coarsest stride), such as {near}"
+        )
+
+
+def _require_probability(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise UsageError(f"{_flag(name)} {value}: must lie between 0 and 1")
+
+
+def _require_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise UsageError(f"{_flag(name)} {value}: must be positive")

@@ -1,0 +1,178 @@
+"""YOLOv3 (Redmon & Farhadi 2018): Darknet-53, three heads from coarse to fine, and the decoding of their output."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import batched_nms
+
+from yolo.config import ANCHOR_REFERENCE_SIZE
+from yolo.models.darknet import ConvBnAct, Darknet53, images_to_float, scaled
+
+STRIDES = (32, 16, 8)  # coarse to fine, as in the paper and in Darknet
+ANCHORS_PER_SCALE = 3
+OBJECTNESS_PRIOR = 0.01
+MAX_LOG_SCALE = (
+    6.0  # exp of more than this times an anchor is wider than any image: keeps the decoded box finite
+)
+
+
+class YoloV3(nn.Module):
+    """The detector; 61,626,049 parameters at width 1 with 20 classes.
+
+    Per scale, `necks[i]` is the five-convolution block and `heads[i]` the 3x3 and the biased 1x1 convolution that
+    give `tx, ty, tw, th, objectness, classes`; `laterals[i]` carries scale i to the next finer one.
+    """
+
+    def __init__(self, num_classes: int, width: float = 1.0) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.backbone = Darknet53(width)
+        c3, c4, c5 = (scaled(channels, width) for channels in (256, 512, 1024))
+        half = {c: scaled(c // 2, 1.0) for c in (c3, c4, c5)}
+        self.necks = nn.ModuleList(
+            [_neck(c5, half[c5], c5), _neck(c4 + half[c4], half[c4], c4), _neck(c3 + half[c3], half[c3], c3)]
+        )
+        self.laterals = nn.ModuleList([ConvBnAct(half[c5], half[c4], 1), ConvBnAct(half[c4], half[c3], 1)])
+        outputs = ANCHORS_PER_SCALE * (5 + num_classes)
+        self.heads = nn.ModuleList(
+            nn.Sequential(ConvBnAct(half[c], c, 3), nn.Conv2d(c, outputs, 1)) for c in (c5, c4, c3)
+        )
+        self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
+        self._init_weights()
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Map images [B, 3, S, S], uint8 or float in [0, 1], S a multiple of 32, to one raw output per scale.
+
+        Returns:
+            Three tensors [B, A, S/stride, S/stride, 5 + C] for strides 32, 16 and 8.
+        """
+        maps = self.neck_inputs(images)
+        outputs, carried = [], None
+        for scale in range(len(STRIDES)):
+            neck_input = maps[scale] if carried is None else torch.cat([carried, maps[scale]], dim=1)
+            features = self.necks[scale](neck_input)
+            outputs.append(self.predict(scale, features))
+            if scale < len(self.laterals):
+                carried = self.upsample(self.laterals[scale](features))
+        return outputs
+
+    def neck_inputs(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the backbone's features, coarse to fine: strides 32, 16 and 8."""
+        fine, middle, coarse = self.backbone(images_to_float(images))
+        return coarse, middle, fine
+
+    def predict(self, scale: int, features: Tensor) -> Tensor:
+        """Apply the head of one scale to the output [B, C', H, W] of its neck; return [B, A, H, W, 5 + C]."""
+        raw = self.heads[scale](features)
+        batch, _, height, width = raw.shape
+        shaped = raw.view(batch, ANCHORS_PER_SCALE, 5 + self.num_classes, height, width)
+        return shaped.permute(0, 1, 3, 4, 2)
+
+    def _init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, a=0.1, mode="fan_out", nonlinearity="leaky_relu")
+        for head in self.heads:
+            last = head[-1]
+            nn.init.normal_(last.weight, std=0.01)
+            nn.init.zeros_(last.bias)
+            with torch.no_grad():
+                objectness = last.bias.view(ANCHORS_PER_SCALE, -1)[:, 4]
+                objectness.fill_(math.log(OBJECTNESS_PRIOR / (1 - OBJECTNESS_PRIOR)))
+
+
+def _neck(in_channels: int, narrow: int, wide: int) -> nn.Sequential:
+    return nn.Sequential(
+        ConvBnAct(in_channels, narrow, 1),
+        ConvBnAct(narrow, wide, 3),
+        ConvBnAct(wide, narrow, 1),
+        ConvBnAct(narrow, wide, 3),
+        ConvBnAct(wide, narrow, 1),
+    )
+
+
+def make_anchors(sizes: Sequence[float], test_size: int) -> Tensor:
+    """Scale nine (w, h) given in pixels of a 416 input, small to large, to `test_size`.
+
+    Returns:
+        [3, 3, 2] float32, coarse to fine: `anchors[i]` belongs to `STRIDES[i]`.
+    """
+    pairs = torch.tensor(sizes, dtype=torch.float32).view(len(STRIDES), ANCHORS_PER_SCALE, 2)
+    return pairs.flip(0) * (test_size / ANCHOR_REFERENCE_SIZE)
+
+
+def decode_boxes(output: Tensor, anchors: Tensor, stride: int) -> Tensor:
+    """Turn the raw boxes of one scale into xyxy pixels of the network input (YOLOv3 paper, figure 2).
+
+    Args:
+        output: [B, A, H, W, 4 or more] raw `tx, ty, tw, th, ...`.
+        anchors: [A, 2] width and height in pixels.
+        stride: pixels per cell.
+
+    Returns:
+        [B, A, H, W, 4] float32.
+    """
+    raw = output[..., :4].float()
+    rows = torch.arange(raw.shape[2], device=raw.device, dtype=raw.dtype)
+    columns = torch.arange(raw.shape[3], device=raw.device, dtype=raw.dtype)
+    corners = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)
+    centres = (raw[..., :2].sigmoid() + corners) * stride
+    halves = raw[..., 2:4].clamp(max=MAX_LOG_SCALE).exp() * anchors.to(raw)[:, None, None] / 2
+    return torch.cat([centres - halves, centres + halves], dim=-1)
+
+
+def decode(outputs: Sequence[Tensor], anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Flatten all scales into boxes, objectness and class probabilities.
+
+    Args:
+        outputs: three [B, A, H, W, 5 + C], coarse to fine.
+        anchors: [3, A, 2] pixels.
+
+    Returns:
+        boxes [B, N, 4] xyxy pixels, objectness [B, N] and class probabilities [B, N, C], N over (scale, A, H, W).
+    """
+    boxes = [
+        decode_boxes(output, scale_anchors, stride).flatten(1, 3)
+        for output, scale_anchors, stride in zip(outputs, anchors, STRIDES, strict=True)
+    ]
+    logits = torch.cat([output[..., 4:].flatten(1, 3) for output in outputs], dim=1).float()
+    return torch.cat(boxes, dim=1), logits[..., 0].sigmoid(), logits[..., 1:].softmax(-1)
+
+
+def postprocess(
+    outputs: Sequence[Tensor],
+    anchors: Tensor,
+    *,
+    score_threshold: float,
+    iou_threshold: float,
+    max_detections: int,
+) -> list[dict[str, Tensor]]:
+    """Decode, threshold, and suppress overlapping boxes of the same class, for a whole batch at once.
+
+    A detection's score is objectness x class probability, for its likeliest class.
+
+    Returns:
+        Per image, sorted by score: `boxes` [K, 4] xyxy pixels of the network input, `scores` [K], `labels` [K], and
+        `index` [K], the place of each among the N predictions of `decode`; K <= `max_detections`.
+    """
+    boxes, objectness, class_probs = decode(outputs, anchors)
+    class_probs, labels = class_probs.max(-1)
+    scores = objectness * class_probs
+    image, index = (scores >= score_threshold).nonzero(as_tuple=True)
+    groups = image * (int(labels.max()) + 1 if labels.numel() else 1) + labels[image, index]
+    kept = batched_nms(boxes[image, index], scores[image, index], groups, iou_threshold)
+    image, index = image[kept], index[kept]  # batched_nms sorts by score
+    detections = []
+    for i in range(len(boxes)):
+        of_image = index[image == i][:max_detections]
+        detections.append(
+            {
+                "boxes": boxes[i, of_image],
+                "scores": scores[i, of_image],
+                "labels": labels[i, of_image],
+                "index": of_image,
+            }
+        )
+    return detections
