@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
+from yolo.atomic import replacing
 from yolo.config import ScheduleConfig
 from yolo.errors import UserError
-from yolo.files import atomic_path, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +151,8 @@ def check_resume(stored: Schedule, wanted: Schedule, path: Path) -> list[str]:
 
 def write_schedule(schedule: Schedule, path: Path) -> None:
     """Write the table as text, whole or not at all; `read_schedule` returns exactly the same floats."""
-    write_text(path, "\n".join([_TITLE, f"# digest {schedule.digest}", *_lines(schedule)]) + "\n")
+    with replacing(path) as temporary:
+        temporary.write_text("\n".join([_TITLE, f"# digest {schedule.digest}", *_lines(schedule)]) + "\n")
 
 
 def read_schedule(path: Path) -> Schedule:
@@ -189,7 +190,7 @@ def plot_schedule(schedule: Schedule, path: Path) -> None:
     (beta_line,) = beta_axes.plot(schedule.beta1, color="tab:orange", linestyle="--", label="beta1")
     lr_axes.legend(handles=[lr_line, beta_line], loc="lower center")
     lr_axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
-    with atomic_path(path) as temporary:
+    with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
 
