@@ -48,20 +48,22 @@ class YoloV3(nn.Module):
         Returns:
             Three tensors [B, A, S/stride, S/stride, 5 + C] for strides 32, 16 and 8.
         """
-        maps = self.neck_inputs(images)
-        outputs, carried = [], None
-        for scale in range(len(STRIDES)):
-            neck_input = maps[scale] if carried is None else torch.cat([carried, maps[scale]], dim=1)
-            features = self.necks[scale](neck_input)
-            outputs.append(self.predict(scale, features))
-            if scale < len(self.laterals):
-                carried = self.upsample(self.laterals[scale](features))
-        return outputs
+        return self.trace(images)[1]
 
-    def neck_inputs(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the backbone's features, coarse to fine: strides 32, 16 and 8."""
+    def trace(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Return what enters each neck, and the raw outputs of `forward`; both coarse to fine."""
         fine, middle, coarse = self.backbone(images_to_float(images))
-        return coarse, middle, fine
+        neck_inputs, outputs = [coarse], []
+        for scale, finer in enumerate((middle, fine, None)):
+            features = self.necks[scale](neck_inputs[scale])
+            outputs.append(self.predict(scale, features))
+            if finer is not None:
+                neck_inputs.append(self.merge(scale, features, finer))
+        return neck_inputs, outputs
+
+    def merge(self, scale: int, features: Tensor, finer: Tensor) -> Tensor:
+        """Return what enters the next neck: this one's output, carried up, beside the backbone's finer map."""
+        return torch.cat([self.upsample(self.laterals[scale](features)), finer], dim=1)
 
     def predict(self, scale: int, features: Tensor) -> Tensor:
         """Apply the head of one scale to the output [B, C', H, W] of its neck; return [B, A, H, W, 5 + C]."""
