@@ -1,0 +1,59 @@
+"""Read the files of a folder, a tar of any compression or a zip, without unpacking it."""
+
+import lzma
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+
+from yolo.errors import UserError
+
+Wanted = Callable[[PurePosixPath], bool]
+Members = Iterator[tuple[PurePosixPath, bytes]]
+
+
+def read_members(root: Path, wanted: Wanted) -> Members:
+    """Yield path and content of the wanted files of a folder, a tar (of any compression) or a zip.
+
+    Raises:
+        UserError: if `root` is none of them, or ends too early.
+    """
+    try:
+        if root.is_dir():
+            yield from _folder_members(root, wanted)
+        elif zipfile.is_zipfile(root):
+            yield from _zip_members(root, wanted)
+        elif tarfile.is_tarfile(root):
+            yield from _tar_members(root, wanted)
+        else:
+            raise UserError(f"--data-root {root}: is neither a folder nor a readable tar or zip")
+    except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError) as error:
+        raise UserError(f"{root}: is damaged or truncated ({error}); fetch it again") from None
+    except OSError as error:
+        raise UserError(f"--data-root {root}: cannot be read ({error.strerror or error})") from None
+
+
+def _folder_members(root: Path, wanted: Wanted) -> Members:
+    for path in root.rglob("*"):
+        inside = PurePosixPath(path.relative_to(root).as_posix())
+        if wanted(inside) and path.is_file():
+            yield inside, path.read_bytes()
+
+
+def _zip_members(root: Path, wanted: Wanted) -> Members:
+    with zipfile.ZipFile(root) as archive:
+        for info in archive.infolist():
+            inside = PurePosixPath(info.filename)
+            if wanted(inside) and not info.is_dir():
+                yield inside, archive.read(info)
+
+
+def _tar_members(root: Path, wanted: Wanted) -> Members:
+    with tarfile.open(root, "r|*") as archive:  # as a stream: seeking in a compressed tar starts over
+        for member in archive:
+            inside = PurePosixPath(member.name)
+            if wanted(inside) and member.isfile():
+                content = archive.extractfile(member)
+                if content is not None:
+                    yield inside, content.read()

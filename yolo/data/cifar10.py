@@ -1,0 +1,243 @@
+"""Small labelled images in memory: CIFAR-10's binary version, a folder per class, and scikit-learn's digits.
+
+All three end as one uint8 array [N, 32, 32, 3]: 50,000 images are 154 MB, which forked workers share.
+Binary format: https://www.cs.toronto.edu/~kriz/cifar.html (Krizhevsky 2009).
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from yolo.config import DataConfig
+from yolo.data.archives import read_members
+from yolo.errors import UsageError, UserError
+
+IMAGE_SIZE = 32
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+BATCH_FILES = {
+    "train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
+    "test": ("test_batch.bin",),
+}
+IMAGES_PER_BATCH_FILE = 10_000
+RECORD_BYTES = 1 + 3 * IMAGE_SIZE * IMAGE_SIZE  # the label, then the red, green and blue planes
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """Labelled images of one split.
+
+    Attributes:
+        images: uint8 RGB [N, 32, 32, 3].
+        labels: int64 [N], indices into `class_names`.
+        image_ids: where each image came from.
+        skipped: one line for each unreadable image that `--skip-bad` left out.
+        name: source, split and root, for reports.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    image_ids: list[str]
+    skipped: list[str]
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, index: int) -> np.ndarray:
+        """Return one image, uint8 RGB [32, 32, 3]."""
+        return self.images[index]
+
+    def digest(self) -> str:
+        """Return the SHA-256 of pixels, labels and class names."""
+        digest = hashlib.sha256(",".join(self.class_names).encode())
+        digest.update(self.labels.tobytes())
+        digest.update(np.ascontiguousarray(self.images).data)
+        return digest.hexdigest()
+
+
+class _Split(NamedTuple):
+    images: np.ndarray  # uint8 [N, 32, 32, 3]
+    classes: list[str]  # of each image
+    image_ids: list[str]
+    skipped: list[str]
+
+
+def open_datasets(cfg: DataConfig) -> tuple[ImageDataset, ImageDataset]:
+    """Open the training and the test split in one pass over the data; both have the training split's classes.
+
+    Raises:
+        UserError: for missing, damaged or empty data.
+        UsageError: for a split or a class list that the data does not have.
+    """
+    splits = _read(cfg, (cfg.train_split, cfg.split))
+    train = splits[cfg.train_split]
+    class_names = tuple(sorted(set(train.classes))) if cfg.classes == "auto" else _listed(cfg.classes)
+    return _label(cfg, cfg.train_split, train, class_names), _label(
+        cfg, cfg.split, splits[cfg.split], class_names
+    )
+
+
+def open_dataset(cfg: DataConfig, split: str, class_names: Sequence[str]) -> ImageDataset:
+    """Open one split with the classes of a trained model; raises as `open_datasets`."""
+    return _label(cfg, split, _read(cfg, (split,))[split], tuple(class_names))
+
+
+def _listed(classes: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in classes.split(",") if word.strip())
+
+
+def _root(cfg: DataConfig) -> Path:
+    return Path(cfg.data_root or f"data/{cfg.dataset}")
+
+
+def _read(cfg: DataConfig, splits: Sequence[str]) -> dict[str, _Split]:
+    if cfg.dataset == "digits":
+        return _read_digits(splits)
+    if cfg.dataset == "cifar10":
+        return _read_binary(cfg, splits)
+    if cfg.dataset == "images":
+        return _read_class_folders(_root(cfg), splits, cfg.skip_bad)
+    raise UsageError(f"--dataset {cfg.dataset}: classification takes digits, cifar10 or images")
+
+
+def _label(cfg: DataConfig, split: str, raw: _Split, class_names: tuple[str, ...]) -> ImageDataset:
+    where = "scikit-learn's digits" if cfg.dataset == "digits" else str(_root(cfg))
+    if not len(raw.images):
+        raise UserError(f"{where}: split '{split}' holds no images")
+    unknown = sorted(set(raw.classes) - set(class_names))
+    if unknown:
+        raise UsageError(
+            f"{where}: split '{split}' has the class '{unknown[0]}', which is not among "
+            f"{','.join(class_names)}; name every class in --classes"
+        )
+    index = {name: i for i, name in enumerate(class_names)}
+    labels = np.array([index[name] for name in raw.classes], dtype=np.int64)
+    name = f"{cfg.dataset} {split} ({where})"
+    return ImageDataset(raw.images, labels, class_names, raw.image_ids, raw.skipped, name)
+
+
+def _read_digits(splits: Sequence[str]) -> dict[str, _Split]:
+    """Enlarge scikit-learn's 1,797 digits of 8 x 8; the last fifth, by other writers, is the test split."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    images = np.stack([_to_32(cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)) for image in grey])
+    first_test = len(images) * 4 // 5
+    ranges = {"train": range(first_test), "test": range(first_test, len(images))}
+    result = {}
+    for split in splits:
+        rows = ranges[_known_split(split, ranges)]
+        classes = [str(digits.target[i]) for i in rows]
+        result[split] = _Split(images[rows.start : rows.stop], classes, [str(i) for i in rows], [])
+    return result
+
+
+def _known_split(split: str, known: Mapping[str, object]) -> str:
+    if split not in known:
+        raise UsageError(f"split '{split}': this data set has {' and '.join(known)}")
+    return split
+
+
+def _read_binary(cfg: DataConfig, splits: Sequence[str]) -> dict[str, _Split]:
+    files = {split: BATCH_FILES[_known_split(split, BATCH_FILES)] for split in splits}
+    wanted = {name for names in files.values() for name in names}
+    source = _binary_source(_root(cfg), cfg.download)
+    batches = {path.name: data for path, data in read_members(source, lambda path: path.name in wanted)}
+    missing = sorted(wanted - set(batches))
+    if missing:
+        raise UserError(f"{source}: holds no {missing[0]}; --download fetches the official binary version")
+    return {split: _parse_batches(source, names, batches) for split, names in files.items()}
+
+
+def _binary_source(root: Path, download: bool) -> Path:
+    """Return the folder or the archive with the batches; one of the official name must have its MD5."""
+    from torchvision.datasets.utils import check_integrity, download_url
+
+    archive = root if root.is_file() else root / Path(CIFAR10_URL).name
+    if download and (archive.exists() or not any(root.rglob("*.bin"))):
+        try:
+            download_url(CIFAR10_URL, archive.parent, archive.name, CIFAR10_MD5)  # keeps an intact file
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{CIFAR10_URL}: the download failed ({error}); put it at {archive}") from None
+    if archive.name == Path(CIFAR10_URL).name and archive.exists():
+        if not check_integrity(archive, CIFAR10_MD5):
+            raise UserError(f"{archive}: is not the official file (MD5 differs); --download fetches it anew")
+        return archive
+    if not root.exists():
+        raise UserError(f"--data-root {root}: does not exist; --download fetches CIFAR-10 into it")
+    return root
+
+
+def _parse_batches(source: Path, names: Sequence[str], batches: dict[str, bytes]) -> _Split:
+    for name in names:
+        if len(batches[name]) != IMAGES_PER_BATCH_FILE * RECORD_BYTES:
+            raise UserError(
+                f"{source}: {name} has {len(batches[name]):,} bytes, not "
+                f"{IMAGES_PER_BATCH_FILE * RECORD_BYTES:,}; it is truncated or no CIFAR-10 batch"
+            )
+    records = np.frombuffer(b"".join(batches[name] for name in names), np.uint8).reshape(-1, RECORD_BYTES)
+    labels = records[:, 0]
+    if labels.max() >= len(CIFAR10_CLASSES):
+        raise UserError(f"{source}: a label is {labels.max()}, beyond CIFAR-10's ten classes")
+    planes = records[:, 1:].reshape(-1, 3, IMAGE_SIZE, IMAGE_SIZE)
+    images = np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
+    ids = [f"{name}:{i}" for name in names for i in range(IMAGES_PER_BATCH_FILE)]
+    return _Split(images, [CIFAR10_CLASSES[label] for label in labels], ids, [])
+
+
+def _read_class_folders(root: Path, splits: Sequence[str], skip_bad: bool) -> dict[str, _Split]:
+    """Read `<split>/<class>/<image>`, below any leading folder; the order is that of the sorted paths."""
+
+    def is_wanted(path: PurePosixPath) -> bool:
+        return len(path.parts) >= 3 and path.parts[-3] in splits and path.suffix.lower() in IMAGE_SUFFIXES
+
+    found: dict[str, list[tuple[str, str, np.ndarray]]] = {split: [] for split in splits}
+    skipped: dict[str, list[str]] = {split: [] for split in splits}
+    for path, data in read_members(root, is_wanted):
+        split, class_name, file_name = path.parts[-3:]
+        image = _decode(data)
+        if image is not None:
+            found[split].append((f"{class_name}/{file_name}", class_name, image))
+        elif skip_bad:
+            skipped[split].append(f"{path}: no readable image")
+        else:
+            raise UserError(f"{root}: {path} is no readable image; remove it or use --skip-bad")
+    for split, entries in found.items():
+        if not entries:
+            raise UserError(f"{root}: no images under {split}/<class>/; is the split spelled as its folder?")
+        entries.sort(key=lambda entry: entry[0])
+    return {
+        split: _Split(
+            np.stack([image for _, _, image in entries]),
+            [class_name for _, class_name, _ in entries],
+            [image_id for image_id, _, _ in entries],
+            skipped[split],
+        )
+        for split, entries in found.items()
+    }
+
+
+def _decode(data: bytes) -> np.ndarray | None:
+    if not data:
+        return None
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    return None if image is None else _to_32(image)
+
+
+def _to_32(image: np.ndarray) -> np.ndarray:
+    if image.shape[:2] == (IMAGE_SIZE, IMAGE_SIZE):
+        return image
+    shrinks = min(image.shape[:2]) > IMAGE_SIZE
+    return cv2.resize(
+        image, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    )

@@ -1,0 +1,101 @@
+"""What a classifier is judged by: accuracy, in all and per class, the confusion matrix, and calibration."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CALIBRATION_BINS = 15  # equal in width, as in Guo et al. 2017, section 2
+
+
+class ClassificationMetrics:
+    """Keeps four numbers per image, in the order of the updates; the states of several ranks concatenate."""
+
+    def __init__(self, class_names: Sequence[str]) -> None:
+        self.class_names = tuple(class_names)
+        self._kept: dict[str, np.ndarray] = {
+            "labels": np.zeros(0, np.int64),
+            "predicted": np.zeros(0, np.int64),
+            "confidence": np.zeros(0, np.float32),
+            "nll": np.zeros(0, np.float32),
+        }
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Add one batch: logits [B, C] and labels [B]."""
+        log_probs = torch.log_softmax(logits.float(), dim=-1)
+        confidence, predicted = log_probs.exp().max(-1)
+        batch = {
+            "labels": labels,
+            "predicted": predicted,
+            "confidence": confidence,
+            "nll": -log_probs.gather(1, labels[:, None])[:, 0],
+        }
+        for key, value in batch.items():
+            self._kept[key] = np.concatenate([self._kept[key], value.cpu().numpy()])
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return this rank's `labels`, `predicted`, `confidence` and `nll`, each [N]."""
+        return dict(self._kept)
+
+    def merge(self, states: Sequence[dict[str, np.ndarray]]) -> None:
+        """Replace what is kept by the states of all ranks (this one's included), one after the other."""
+        self._kept = {key: np.concatenate([state[key] for state in states]) for key in self._kept}
+
+    def compute(self) -> dict[str, Any]:
+        """Return fractions in [0, 1], or None where there was no image.
+
+        `accuracy`, `mean_class_accuracy`, `nll` (nats per image), `per_class` (name -> accuracy, images),
+        `confusion_matrix` (rows true, columns predicted, counts) and `calibration` (see `calibration`).
+        """
+        matrix = self.confusion_matrix()
+        images, hits = matrix.sum(1), matrix.diagonal()
+        accuracies = [float(h / n) if n else None for h, n in zip(hits, images, strict=True)]
+        seen = [value for value in accuracies if value is not None]
+        return {
+            "accuracy": float(hits.sum() / images.sum()) if images.sum() else None,
+            "mean_class_accuracy": float(np.mean(seen)) if seen else None,
+            "nll": float(self._kept["nll"].mean(dtype=np.float64)) if images.sum() else None,
+            "per_class": {
+                name: {"accuracy": accuracy, "images": int(n)}
+                for name, accuracy, n in zip(self.class_names, accuracies, images, strict=True)
+            },
+            "confusion_matrix": matrix.tolist(),
+            "calibration": calibration(
+                self._kept["confidence"], self._kept["predicted"] == self._kept["labels"]
+            ),
+        }
+
+    def confusion_matrix(self) -> np.ndarray:
+        """Return counts int64 [C, C], rows true classes, columns predicted ones."""
+        num_classes = len(self.class_names)
+        pairs = self._kept["labels"] * num_classes + self._kept["predicted"]
+        return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+    def worst_mistakes(self, limit: int) -> np.ndarray:
+        """Return the places [<= limit] of the wrong predictions, the most confident first."""
+        wrong = np.flatnonzero(self._kept["predicted"] != self._kept["labels"])
+        return wrong[np.argsort(-self._kept["confidence"][wrong], kind="stable")][:limit]
+
+
+def calibration(confidence: np.ndarray, correct: np.ndarray) -> dict[str, Any]:
+    """Compare confidence [N] with the hit rate of `correct` [N] (bool), in bins of equal width.
+
+    Returns:
+        `expected_error`: the mean gap between the two, weighted by images (ECE; Guo et al. 2017, equation 3),
+        None without images; `bins`: the occupied ones, each with its `confidence`, `accuracy` and `images`.
+    """
+    place = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
+    count = np.bincount(place, minlength=CALIBRATION_BINS)
+    occupied = np.flatnonzero(count)
+    sums = (np.bincount(place, weights, CALIBRATION_BINS)[occupied] for weights in (confidence, correct))
+    mean_confidence, accuracy = (total / count[occupied] for total in sums)
+    gaps = np.abs(mean_confidence - accuracy)
+    return {
+        "expected_error": float((gaps * count[occupied]).sum() / count.sum()) if len(occupied) else None,
+        "bins": [
+            {"confidence": float(c), "accuracy": float(a), "images": int(n)}
+            for c, a, n in zip(mean_confidence, accuracy, count[occupied], strict=True)
+        ],
+    }
