@@ -58,12 +58,12 @@ class YoloV3(nn.Module):
             features = self.necks[scale](neck_inputs[scale])
             outputs.append(self.predict(scale, features))
             if finer is not None:
-                neck_inputs.append(self.merge(scale, features, finer))
+                neck_inputs.append(torch.cat([self.carry(scale, features), finer], dim=1))
         return neck_inputs, outputs
 
-    def merge(self, scale: int, features: Tensor, finer: Tensor) -> Tensor:
-        """Return what enters the next neck: this one's output, carried up, beside the backbone's finer map."""
-        return torch.cat([self.upsample(self.laterals[scale](features)), finer], dim=1)
+    def carry(self, scale: int, features: Tensor) -> Tensor:
+        """Take the output [B, C', H, W] of one scale's neck to the next scale: [B, C'', 2H, 2W]."""
+        return self.upsample(self.laterals[scale](features))
 
     def predict(self, scale: int, features: Tensor) -> Tensor:
         """Apply the head of one scale to the output [B, C', H, W] of its neck; return [B, A, H, W, 5 + C]."""
