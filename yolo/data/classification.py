@@ -34,8 +34,8 @@ class TrainImages(Dataset[Sample]):
     def __getitem__(self, key: SampleKey) -> Sample:
         rng = np.random.default_rng((self.seed, key.epoch, key.index))
         self.augment.set_random_state(rng, random.Random(int(rng.integers(2**63))))
-        image = self.augment(image=self.dataset.image(key.index))["image"]
-        return image, int(self.dataset.labels[key.index])
+        index = key.index % len(self.dataset)
+        return self.augment(image=self.dataset.image(index))["image"], int(self.dataset.labels[index])
 
 
 class TestImages(Dataset[Sample]):

@@ -1,0 +1,178 @@
+"""From sample keys to batches: decoding in `TrainSamples` and `TestSamples`, composing in the collates.
+
+Both run in the worker processes. Batches are uint8 [B, 3, S, S] in channels-last memory: images stay as
+decoded, and the network wants them so.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from yolo.boxes import letterbox
+from yolo.config import Config
+from yolo.data.dataset import Annotation, DetectionDataset
+from yolo.data.mosaic import Tile, compose, letterbox_tile, mosaic_tiles
+from yolo.data.samplers import SampleKey
+from yolo.data.transforms import Canvas, augment, build_transforms
+from yolo.errors import UserError
+
+Target = dict[str, Any]
+MAX_REPLACEMENTS = 20  # of one sample; more broken files in a row are no accident
+
+
+class TrainSample(NamedTuple):
+    """The decoded images of one training sample, and where they go."""
+
+    key: SampleKey
+    tiles: list[Tile]
+    notes: list[Annotation]
+    images: list[np.ndarray]
+
+
+class TrainSamples(Dataset[TrainSample]):
+    """Plans each sample from (seed, epoch, index) alone and decodes its one or four images.
+
+    Args:
+        dataset: The training images.
+        cfg: `mosaic_prob`, `mosaic_off_epochs`, `epochs`, `skip_bad`.
+        seed: Seed of the run.
+    """
+
+    def __init__(self, dataset: DetectionDataset, cfg: Config, seed: int) -> None:
+        self.dataset = dataset
+        self.mosaic_prob = cfg.mosaic_prob
+        self.last_mosaic_epoch = cfg.epochs - cfg.mosaic_off_epochs - 1
+        self.skip_bad = cfg.skip_bad
+        self.seed = seed
+        self._reported: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: SampleKey) -> TrainSample:
+        """Return the decoded sample; with `skip_bad`, one with a broken image gives way to another plan.
+
+        Raises:
+            UserError: naming the file that cannot be decoded.
+        """
+        for attempt in range(MAX_REPLACEMENTS):
+            try:
+                return self._load(key, attempt)
+            except UserError as error:
+                if not self.skip_bad or attempt == MAX_REPLACEMENTS - 1:
+                    raise
+                self._report(str(error))
+        raise AssertionError("unreachable")
+
+    def plan(self, key: SampleKey, attempt: int = 0) -> list[Tile]:
+        """Return where the sample's images go: one letterboxed image, or the four tiles of a mosaic."""
+        rng = np.random.default_rng([self.seed, key.epoch, key.index, attempt])
+        index = (key.index + attempt) % len(self.dataset)
+        if key.epoch > self.last_mosaic_epoch or rng.random() >= self.mosaic_prob:
+            return [letterbox_tile(index, self.dataset.annotation(index), key.img_size)]
+        indices = [index, *(int(partner) for partner in rng.integers(len(self.dataset), size=3))]
+        rng.shuffle(indices)
+        return mosaic_tiles(indices, [self.dataset.annotation(i) for i in indices], key.img_size, rng)
+
+    def _load(self, key: SampleKey, attempt: int) -> TrainSample:
+        tiles = self.plan(key, attempt)
+        notes = [self.dataset.annotation(tile.index) for tile in tiles]
+        images = [
+            self.dataset.image(tile.index, math.ceil(max(note.height, note.width) * tile.scale))
+            for tile, note in zip(tiles, notes, strict=True)
+        ]
+        return TrainSample(key, tiles, notes, images)
+
+    def _report(self, message: str) -> None:
+        if message not in self._reported:
+            self._reported.add(message)
+            print(f"skipped: {message}", file=sys.stderr, flush=True)
+
+
+class MosaicCollate:
+    """Composes and augments the samples of a batch.
+
+    Args:
+        cfg: The probabilities `aug_*` and `min_visible`.
+        seed: Seed of the run.
+    """
+
+    def __init__(self, cfg: Config, seed: int) -> None:
+        self.single = build_transforms(cfg, mosaic=False)
+        self.mosaic = build_transforms(cfg, mosaic=True)
+        self.min_visible = cfg.min_visible
+        self.seed = seed
+
+    def __call__(self, samples: Sequence[TrainSample]) -> tuple[Tensor, list[Target]]:
+        """Return images uint8 [B, 3, S, S] and their targets, boxes in pixels of the network input."""
+        canvases = [self.compose(sample) for sample in samples]
+        return _stack([canvas.image for canvas in canvases]), [_target(canvas) for canvas in canvases]
+
+    def compose(self, sample: TrainSample) -> Canvas:
+        """Return one finished sample."""
+        canvas = compose(sample.tiles, sample.images, sample.notes, sample.key.img_size, self.min_visible)
+        transforms = self.single if len(sample.tiles) == 1 else self.mosaic
+        return augment(canvas, transforms, (self.seed, sample.key.epoch, sample.key.index))
+
+
+class TestSamples(Dataset[tuple[np.ndarray, Target]]):
+    """Each image of a data set alone, whole and letterboxed.
+
+    Its targets also say `image_index`, `letterbox` and the original `height` and `width`.
+    """
+
+    __test__ = False  # no test of pytest's, whatever its name says
+
+    def __init__(self, dataset: DetectionDataset, img_size: int) -> None:
+        self.dataset = dataset
+        self.img_size = img_size
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, Target]:
+        """Return the canvas [S, S, 3] and its target.
+
+        Raises:
+            UserError: naming the file that cannot be decoded.
+        """
+        note = self.dataset.annotation(index)
+        image = self.dataset.image(index, self.img_size)
+        canvas = compose([letterbox_tile(index, note, self.img_size)], [image], [note], self.img_size)
+        place = letterbox(note.height, note.width, self.img_size)
+        return canvas.image, {
+            **_target(canvas),
+            "image_index": index,
+            "letterbox": place,
+            "height": note.height,
+            "width": note.width,
+        }
+
+
+def plain_collate(samples: Sequence[tuple[np.ndarray, Target]]) -> tuple[Tensor, list[Target]]:
+    """Return images uint8 [B, 3, S, S] and their targets."""
+    return _stack([image for image, _ in samples]), [target for _, target in samples]
+
+
+def init_worker(worker_id: int) -> None:
+    """Keep OpenCV to one thread in each worker process: the workers themselves are the parallelism."""
+    cv2.setNumThreads(0)
+
+
+def _stack(images: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def _target(canvas: Canvas) -> Target:
+    return {
+        "boxes": torch.from_numpy(canvas.boxes),
+        "labels": torch.from_numpy(canvas.labels),
+        "difficult": torch.from_numpy(canvas.difficult),
+    }

@@ -1,0 +1,362 @@
+"""The detection data set that every source becomes, and the one place where its defects are found.
+
+A source (`voc`, `csv`, `yolo`, `digits`) only says what its files contain, as `RawImage`; `assemble` checks
+headers, boxes and class names, and `read_rgb` decodes pixels.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import cv2
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from yolo.errors import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+MAX_PIXELS = (
+    64_000_000  # decoded in several workers at once, more than this fills the memory of a small machine
+)
+MIN_BOX_SIDE = (
+    1.0  # pixels; must be exceeded. In VOC's inclusive pixels a box with xmin = xmax is one pixel wide
+)
+EDGE_TOLERANCE = (
+    2.0  # pixels: 0-based tools and rounding put boxes this far outside; they are clipped in silence
+)
+_DECODE_FLAGS = {
+    1: cv2.IMREAD_COLOR_RGB,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
+
+cv2.utils.logging.setLogLevel(0)  # a broken file is our one clear line, not also several of OpenCV's
+
+
+class Annotation(NamedTuple):
+    """The objects of one image, in its original pixels."""
+
+    boxes: np.ndarray  # [M, 4] float32 xyxy, 0-based, right and bottom exclusive
+    labels: np.ndarray  # [M] int64
+    difficult: np.ndarray  # [M] bool
+    height: int
+    width: int
+
+
+class RawObject(NamedTuple):
+    """One object as its file states it, converted to 0-based exclusive pixels but not yet checked."""
+
+    name: str
+    box: tuple[float, float, float, float]
+    difficult: bool = False
+
+
+class RawImage(NamedTuple):
+    """One image as its annotation file states it, not yet checked."""
+
+    image_id: str
+    image: Path
+    source: Path  # the file that errors name
+    height: int
+    width: int
+    objects: list[RawObject]
+
+
+class ImageCache(Protocol):
+    """Holds decoded images; see `yolo.data.cache`."""
+
+    def __getitem__(self, index: int) -> np.ndarray: ...
+
+
+@dataclass
+class DetectionDataset:
+    """Images with boxes. Picklable, for workers that are spawned; holds no pixels unless cached."""
+
+    name: str
+    class_names: tuple[str, ...]
+    image_ids: list[str]
+    paths: list[Path]
+    annotations: list[Annotation] = field(repr=False)
+    skipped: list[str] = field(default_factory=list)
+    cache: ImageCache | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def annotation(self, index: int) -> Annotation:
+        """Return the boxes of image `index`, in its original pixels."""
+        return self.annotations[index]
+
+    def image(self, index: int, min_side: int | None = None) -> np.ndarray:
+        """Decode image `index`.
+
+        Args:
+            index: Position in `image_ids`.
+            min_side: Longest side that the caller needs, in pixels. A JPEG may then be decoded at a half, a
+                quarter or an eighth of its size, which costs less; a cached image may be smaller than the
+                original, too.
+
+        Returns:
+            [H, W, 3] uint8 RGB. A pixel of it is `annotation.width / W` original pixels wide.
+
+        Raises:
+            UserError: naming the file, if it is missing, broken, or of another size than annotated.
+        """
+        if self.cache is not None:
+            return self.cache[index]
+        _, _, _, height, width = self.annotations[index]
+        return read_rgb(self.paths[index], (height, width), min_side)
+
+    def digest(self) -> str:
+        """Return a SHA-256 over class names, image ids, sizes and boxes."""
+        state = hashlib.sha256(repr(self.class_names).encode())
+        for image_id, note in zip(self.image_ids, self.annotations, strict=True):
+            state.update(f"{image_id} {note.height} {note.width} {len(note.labels)}".encode())
+            for array in (note.boxes, note.labels, note.difficult):
+                state.update(array.tobytes())
+        return state.hexdigest()
+
+
+class Defects:
+    """Collects what is wrong with a data set: in the end an error, or with `skip` what was left out."""
+
+    def __init__(self, skip: bool) -> None:
+        self.skip = skip
+        self.found: list[str] = []
+
+    def add(self, defect: str) -> None:
+        """Remember one defect: file, what is wrong, value."""
+        self.found.append(defect)
+
+    def settle(self, where: str) -> list[str]:
+        """Return the defects when they may be skipped.
+
+        Raises:
+            UserError: with the first defect, when there are any and they may not be skipped.
+        """
+        if self.found and not self.skip:
+            more = f" (the first of {len(self.found)} defects in {where})" if len(self.found) > 1 else ""
+            raise UserError(f"{self.found[0]}{more}; --skip-bad leaves them out, --check-data lists them all")
+        return self.found
+
+
+def assemble(
+    name: str,
+    image_ids: Sequence[str],
+    read: Callable[[str], RawImage],
+    class_names: Sequence[str] | None,
+    skip_bad: bool,
+) -> DetectionDataset:
+    """Read and check every annotation and every image header of a split.
+
+    Args:
+        name: What errors call the data set: source, split and root.
+        image_ids: Images of the split.
+        read: Returns one image's annotation; raises `UserError` for a file that cannot be read.
+        class_names: The classes in the order of their labels; None for those that occur, sorted.
+        skip_bad: Leave out what is broken and list it in `.skipped`, instead of raising.
+
+    Raises:
+        UserError: if the split is empty, or for the first defect.
+    """
+    defects = Defects(skip_bad)
+    images = _checked_images(image_ids, read, defects)
+    if class_names is None:
+        class_names = sorted({thing.name for image in images for thing in image.objects})
+    label_of = {class_name: label for label, class_name in enumerate(class_names)}
+    annotations = [_annotation(image, label_of, defects) for image in images]
+    skipped = defects.settle(name)
+    if not images:
+        raise UserError(f"{name}: no usable images; check the split file and --data-root")
+    if not class_names:
+        raise UserError(
+            f"{name}: no image has a box, so there are no classes to learn; name them with --classes"
+        )
+    return DetectionDataset(
+        name=name,
+        class_names=tuple(class_names),
+        image_ids=[image.image_id for image in images],
+        paths=[image.image for image in images],
+        annotations=annotations,
+        skipped=skipped,
+    )
+
+
+def drop_unreadable(dataset: DetectionDataset) -> DetectionDataset:
+    """Decode every image once and leave out those that fail, listing them in `.skipped`.
+
+    An evaluation cannot replace a broken image by another; so with --skip-bad it is left out before it
+    starts.
+    """
+
+    def defect(index: int) -> str | None:
+        try:
+            dataset.image(index)
+        except UserError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(defect, range(len(dataset))))
+    good = [index for index, message in enumerate(found) if message is None]
+    if not good:
+        raise UserError(f"{dataset.name}: no image can be decoded; the first: {found[0]}")
+    dataset.skipped += [message for message in found if message is not None]
+    dataset.image_ids = [dataset.image_ids[index] for index in good]
+    dataset.paths = [dataset.paths[index] for index in good]
+    dataset.annotations = [dataset.annotations[index] for index in good]
+    return dataset
+
+
+def read_rgb(path: Path, size: tuple[int, int] | None = None, min_side: int | None = None) -> np.ndarray:
+    """Decode an image file: grey, CMYK, palette, 16-bit and transparent images become 8-bit RGB.
+
+    The EXIF orientation is a matter of the annotation. When `size` is the stored (height, width), the pixels
+    come as stored: VOC's boxes were drawn on those. When it is the stored size with its sides exchanged, the
+    image is turned as its EXIF tag says, as the annotation tool must have shown it. Without `size`, the tag
+    is followed.
+
+    Args:
+        path: Image file.
+        size: (height, width) as annotated.
+        min_side: See `DetectionDataset.image`; needs `size`.
+
+    Returns:
+        [H, W, 3] uint8 RGB.
+
+    Raises:
+        UserError: naming the file.
+    """
+    try:
+        encoded = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    shrink = _shrink(size, min_side) if size and path.suffix.lower() in (".jpg", ".jpeg") else 1
+    if size is None:
+        return _decode(path, encoded, 1, follow_exif=True)
+    image = _decode(path, encoded, shrink, follow_exif=False)
+    if image.shape[:2] == _shrunk(size, shrink):
+        return image
+    turned = _decode(path, encoded, shrink, follow_exif=True)
+    if turned.shape[:2] == _shrunk(size, shrink):
+        return turned
+    height, width = _decode(path, encoded, 1, follow_exif=False).shape[:2]
+    raise UserError(f"{path}: the image is {width}x{height}, but its annotation says {size[1]}x{size[0]}")
+
+
+def header_size(path: Path, follow_exif: bool = False) -> tuple[int, int]:
+    """Return (height, width) from an image's header, as stored or as its EXIF tag turns it.
+
+    Raises:
+        UserError: naming the file, if it is missing or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if follow_exif and image.getexif().get(0x0112, 1) >= 5:  # orientations 5-8 exchange the sides
+                width, height = height, width
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such image") from None
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
+        raise UserError(f"{path}: is no image that can be read") from None
+    return height, width
+
+
+def find_image(folder: Path, stem: str) -> Path:
+    """Return the image file `stem` in `folder`, whatever its suffix; the JPEG name if there is none."""
+    for suffix in IMAGE_SUFFIXES:
+        for candidate in (folder / f"{stem}{suffix}", folder / f"{stem}{suffix.upper()}"):
+            if candidate.exists():
+                return candidate
+    return folder / f"{stem}.jpg"
+
+
+def _decode(path: Path, encoded: np.ndarray, shrink: int, follow_exif: bool) -> np.ndarray:
+    flags = _DECODE_FLAGS[shrink] | (0 if follow_exif else cv2.IMREAD_IGNORE_ORIENTATION)
+    try:
+        image = cv2.imdecode(encoded, flags)
+    except cv2.error:
+        image = None
+    if image is None:
+        raise UserError(f"{path}: is truncated or no image")
+    return image if shrink == 1 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)  # reduced decoding knows only BGR
+
+
+def _shrink(size: tuple[int, int], min_side: int | None) -> int:
+    """Return the JPEG decoder's largest reduction (1, 2, 4, 8) that leaves the longest side `min_side`."""
+    if min_side is None:
+        return 1
+    return max(shrink for shrink in _DECODE_FLAGS if shrink == 1 or max(size) >= shrink * min_side)
+
+
+def _shrunk(size: tuple[int, int], shrink: int) -> tuple[int, int]:
+    return (-(-size[0] // shrink), -(-size[1] // shrink))
+
+
+def _checked_images(
+    image_ids: Iterable[str], read: Callable[[str], RawImage], defects: Defects
+) -> list[RawImage]:
+    images = []
+    for image_id in image_ids:
+        try:
+            image = read(image_id)
+            _check_header(image)
+        except UserError as error:
+            defects.add(str(error))
+        else:
+            images.append(image)
+    return images
+
+
+def _check_header(image: RawImage) -> None:
+    stored = header_size(image.image)
+    annotated = (image.height, image.width)
+    if stored != annotated and header_size(image.image, follow_exif=True) != annotated:
+        raise UserError(
+            f"{image.source}: says {image.width}x{image.height}, but {image.image} is {stored[1]}x{stored[0]}"
+        )
+    if image.height * image.width > MAX_PIXELS:
+        raise UserError(
+            f"{image.image}: {image.width}x{image.height} is over {MAX_PIXELS // 10**6} million pixels; "
+            "scale the image and its boxes down"
+        )
+
+
+def _annotation(image: RawImage, label_of: dict[str, int], defects: Defects) -> Annotation:
+    limit = np.array([image.width, image.height] * 2, np.float32)
+    boxes, labels, difficult = [], [], []
+    for number, thing in enumerate(image.objects, start=1):
+        problem = _object_defect(thing, image, label_of)
+        if problem:
+            defects.add(f"{image.source}: object {number} ({thing.name}) {problem}")
+            continue
+        boxes.append(thing.box)
+        labels.append(label_of[thing.name])
+        difficult.append(thing.difficult)
+    return Annotation(
+        boxes=np.clip(np.array(boxes, np.float32).reshape(-1, 4), 0, limit),
+        labels=np.array(labels, np.int64),
+        difficult=np.array(difficult, bool),
+        height=image.height,
+        width=image.width,
+    )
+
+
+def _object_defect(thing: RawObject, image: RawImage, label_of: dict[str, int]) -> str | None:
+    """Return what is wrong with an object, or None."""
+    left, top, right, bottom = thing.box
+    shown = ", ".join(f"{value:g}" for value in thing.box)
+    if thing.name not in label_of:
+        return f"is of none of the classes {', '.join(label_of)}"
+    if not np.isfinite(thing.box).all():
+        return f"has a box that is no number: {shown}"
+    if min(right - left, bottom - top) <= MIN_BOX_SIDE:
+        return f"has a box of no size: {shown} (0-based pixels)"
+    beyond = max(-left, -top, right - image.width, bottom - image.height)
+    if beyond > EDGE_TOLERANCE:
+        return f"reaches {beyond:g} pixels outside the {image.width}x{image.height} image: {shown}"
+    return None

@@ -1,0 +1,127 @@
+"""PASCAL VOC: XML annotations in the layout of the development kit, or in one folder with its own classes.
+
+A devkit holds `VOC2007/`, `VOC2012/`, ... (each with `Annotations/`, `JPEGImages/`,
+`ImageSets/Main/<split>.txt`) and its splits are written `2007:trainval+2012:trainval`. A single folder holds
+those three itself: `trainval`. VOC counts pixels from 1 and includes the last one; here, and nowhere else,
+they become 0-based and exclusive.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from xml.etree.ElementTree import Element, ParseError
+
+from defusedxml import DefusedXmlException
+from defusedxml.ElementTree import parse
+
+from yolo.data.dataset import DetectionDataset, RawImage, RawObject, assemble, find_image, header_size
+from yolo.errors import UserError
+
+VOC_CLASSES = """
+    aeroplane bicycle bird boat bottle bus car cat chair cow
+    diningtable dog horse motorbike person pottedplant sheep sofa train tvmonitor
+""".split()
+
+
+def read_voc(
+    root: Path, split: str, class_names: Sequence[str] | None, skip_bad: bool = False
+) -> DetectionDataset:
+    """Read one split, or several joined by +, of a VOC-XML data set.
+
+    Args:
+        root: A devkit, the folder above one, or a single VOC-XML folder.
+        split: As in `2007:trainval+2012:trainval`, or `trainval` for a single folder.
+        class_names: In the order of their labels; None for those found, sorted.
+        skip_bad: Leave out what is broken, and list it in `.skipped`.
+
+    Raises:
+        UserError: naming what was looked for and where.
+    """
+    folder_of: dict[str, Path] = {}
+    for part in split.split("+"):
+        folder, subset = _locate(root, part.strip())
+        folder_of |= dict.fromkeys(_read_ids(folder, subset), folder)
+    return assemble(
+        f"VOC {split} in {root}",
+        list(folder_of),
+        lambda image_id: _read_xml(folder_of[image_id], image_id),
+        class_names,
+        skip_bad,
+    )
+
+
+def _locate(root: Path, part: str) -> tuple[Path, str]:
+    """Return the folder with `Annotations/` and the name of the split inside it."""
+    year, _, subset = part.rpartition(":")
+    if year:
+        folders = [root / f"VOC{year}", root / "VOCdevkit" / f"VOC{year}"]
+        folders += [root] if root.name == f"VOC{year}" else []
+    else:
+        folders = [root]
+    for folder in folders:
+        if (folder / "Annotations").is_dir():
+            return folder, subset
+    raise UserError(_nothing_found(root, part, folders))
+
+
+def _nothing_found(root: Path, part: str, folders: list[Path]) -> str:
+    looked = " or ".join(str(folder / "Annotations") for folder in folders)
+    if not root.is_dir():
+        return f"no data set at {root} (looked for {looked}): point --data-root to it, or add --download"
+    years = sorted(folder.name[3:] for folder in root.glob("VOC[0-9]*"))
+    if years:
+        return (
+            f"split '{part}': {root} holds the years {', '.join(years)}; name one, as in {years[0]}:trainval"
+        )
+    return (
+        f"split '{part}': no folder {looked}; a devkit has VOC<year>/Annotations, other data has Annotations"
+    )
+
+
+def _read_ids(folder: Path, subset: str) -> list[str]:
+    path = folder / "ImageSets" / "Main" / f"{subset}.txt"
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        known = ", ".join(sorted(other.stem for other in path.parent.glob("*.txt"))) or "none"
+        raise UserError(f"no split file {path}; there are: {known}") from None
+    ids = [line.split()[0] for line in lines if line.strip()]  # a second column, if any, is a per-class flag
+    if not ids:
+        raise UserError(f"{path} lists no images; name another split")
+    return ids
+
+
+def _read_xml(folder: Path, image_id: str) -> RawImage:
+    path = folder / "Annotations" / f"{image_id}.xml"
+    try:
+        root = parse(path).getroot()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ParseError, DefusedXmlException, ValueError) as error:
+        raise UserError(f"{path}: is no valid XML ({error})") from None
+    image = find_image(folder / "JPEGImages", image_id)
+    try:
+        height, width = _size(root) or header_size(image)
+        objects = [_object(node) for node in root.iter("object")]
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(
+            f"{path}: an object lacks a name or a box of four numbers, or the size is no number"
+        ) from None
+    return RawImage(image_id, image, path, height, width, objects)
+
+
+def _size(root: Element) -> tuple[int, int] | None:
+    """Return (height, width), or None where the tool did not fill it in."""
+    height, width = root.findtext("size/height"), root.findtext("size/width")
+    if not height or not width or int(height) == 0 or int(width) == 0:
+        return None
+    return int(height), int(width)
+
+
+def _object(node: Element) -> RawObject:
+    left, top, right, bottom = (
+        float(node.findtext(f"bndbox/{key}", "")) for key in ("xmin", "ymin", "xmax", "ymax")
+    )
+    name = node.findtext("name", "").strip()
+    if not name:
+        raise ValueError("no name")
+    return RawObject(name, (left - 1, top - 1, right, bottom), node.findtext("difficult", "0").strip() == "1")
