@@ -14,12 +14,12 @@ from torchmetrics.functional.classification import (
     multiclass_calibration_error,
     multiclass_confusion_matrix,
 )
-from yolo.data.samplers import SampleKey
 
 from yolo.config import AugmentConfig, DataConfig
 from yolo.data import cifar10
 from yolo.data.cifar10 import open_dataset, open_datasets
 from yolo.data.classification import TestImages, TrainImages, collate_images
+from yolo.data.samplers import SampleKey
 from yolo.errors import UsageError, UserError
 from yolo.metrics.classification import ClassificationMetrics
 
@@ -187,6 +187,8 @@ def test_a_sample_follows_from_seed_epoch_and_index_alone() -> None:
     again[SampleKey(0, 5, 32)]  # another history
     assert (again[SampleKey(3, 17, 32)][0] == wanted).all()
     assert (samples[SampleKey(4, 17, 32)][0] != wanted).any()
+    repeated, label = samples[SampleKey(3, 17 + len(samples), 32)]
+    assert (repeated != wanted).any() and label == samples[SampleKey(3, 17, 32)][1]
     assert (_samples(FULL, seed=1)[SampleKey(3, 17, 32)][0] != wanted).any()
 
 

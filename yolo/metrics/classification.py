@@ -25,6 +25,7 @@ class ClassificationMetrics:
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Add one batch: logits [B, C] and labels [B]."""
         log_probs = torch.log_softmax(logits.float(), dim=-1)
+        labels = labels.to(logits.device)
         confidence, predicted = log_probs.exp().max(-1)
         batch = {
             "labels": labels,
