@@ -20,7 +20,10 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 from torch.nn import functional
 
-from yolo.boxes import Letterbox, boxes_to_letterbox, shape_iou
+from yolo.boxes import Letterbox, boxes_to_letterbox, letterbox, shape_iou
+from yolo.data.cifar10 import to_32
+from yolo.data.dataset import Annotation
+from yolo.data.mosaic import compose, letterbox_tile
 from yolo.errors import UsageError
 from yolo.models.resnet import ResNet
 from yolo.models.yolov3 import STRIDES, YoloV3
@@ -61,6 +64,7 @@ class Trace:
     """One forward of the detector over one letterboxed image, kept for its explanations."""
 
     model: YoloV3  # a frozen view: same weights, no gradients
+    images: Tensor  # [1, 3, S, S] uint8, the letterboxed image
     neck_inputs: list[Tensor]  # [1, C, H, W] per scale
     outputs: list[Tensor]  # [1, A, H, W, 5 + C] per scale
     place: Letterbox
@@ -81,23 +85,25 @@ class Explanation:
     score: float  # the model's score for `label`, at the explained prediction or (classifier) as probability
 
 
-def trace_detector(model: YoloV3, canvas: Tensor, place: Letterbox, height: int, width: int) -> Trace:
+def trace_detector(model: YoloV3, image: np.ndarray, size: int) -> Trace:
     """Run the detector once and keep what its explanations need.
 
     Args:
         model: on any device; neither its mode nor its gradients are touched.
-        canvas: the letterboxed image [1, 3, S, S], uint8 or float in [0, 1].
-        place: where the image lies on the canvas.
-        height: of the original image in pixels.
-        width: likewise.
+        image: [H, W, 3] uint8 RGB, of any shape.
+        size: side of the network input, to which the image is letterboxed.
 
     Returns:
         The trace; its `outputs` are the model's, ready for `postprocess`.
     """
+    height, width = image.shape[:2]
+    note = Annotation(np.zeros((0, 4)), np.zeros(0), np.zeros(0), height, width)
+    canvas = compose([letterbox_tile(0, note, size)], [image], [note], size).image
+    images = torch.from_numpy(canvas).permute(2, 0, 1)[None]
     model = _frozen(model)
     with torch.no_grad():
-        neck_inputs, outputs = model.trace(canvas.to(next(model.parameters()).device))
-    return Trace(model, neck_inputs, outputs, place, height, width)
+        neck_inputs, outputs = model.trace(images.to(next(model.parameters()).device))
+    return Trace(model, images, neck_inputs, outputs, letterbox(height, width, size), height, width)
 
 
 def explain_detections(
@@ -198,32 +204,32 @@ def explain_class(trace: Trace, label: int, *, method: str = "gradcam", layer: s
 
 
 def explain_classification(
-    model: ResNet, images: Tensor, label: int, *, method: str = "gradcam", layer: str = "auto"
+    model: ResNet, image: np.ndarray, label: int, *, method: str = "gradcam", layer: str = "auto"
 ) -> Explanation:
     """Explain the logit of a class.
 
     Args:
         model: the classifier; neither its mode nor its gradients are touched.
-        images: [1, 3, S, S], uint8 or float in [0, 1].
+        image: [H, W, 3] uint8 RGB, resized to 32 x 32 as for training.
         label: of the class.
         method: one of `METHODS`.
         layer: one of `CLASSIFIER_LAYERS`; `auto` is the last map (4 x 4 cells), `fused` the mean of all.
 
     Returns:
-        The map [S, S]; its `score` is the probability of the class.
+        The map; its `score` is the probability of the class.
     """
     _check(method, METHODS, "method")
     _check(layer, CLASSIFIER_LAYERS, "layer")
     names = CLASSIFIER_LAYERS[1:-1] if layer == "fused" else ["layer3" if layer == "auto" else layer]
     frozen = _frozen(model)
-    images = images.to(next(frozen.parameters()).device)
-    floats = images.float() / 255 if images.dtype == torch.uint8 else images.detach().clone()
-    layers = [getattr(frozen, name) for name in names]
-    heat = _run_library(method, frozen, layers, floats, [ClassifierOutputTarget(label)])[0]
+    pixels = torch.from_numpy(to_32(image)).permute(2, 0, 1)[None].to(next(frozen.parameters()).device)
     with torch.no_grad():
-        score = float(frozen(floats).softmax(1)[0, label])
+        score = float(frozen(pixels).softmax(1)[0, label])
+    layers = [getattr(frozen, name) for name in names]
+    heat = _run_library(method, frozen, layers, pixels.float() / 255, [ClassifierOutputTarget(label)])[0]
     is_zero = not heat.max() > ZERO
-    return Explanation(heat * (not is_zero), is_zero, method, "class", " + ".join(names), label, score)
+    heat = np.zeros_like(heat) if is_zero else cv2.resize(heat, image.shape[1::-1])
+    return Explanation(heat, is_zero, method, "class", " + ".join(names), label, score)
 
 
 def cell_of(index: int, outputs: Sequence[Tensor]) -> Cell:
@@ -255,6 +261,12 @@ def likeliest_class(outputs: Sequence[Tensor]) -> int:
     """Return the class of the highest score, however low: what to explain when nothing was detected."""
     scores = [functional.logsigmoid(raw[..., 4:5]) + raw[..., 5:].log_softmax(-1) for raw in outputs]
     return int(torch.stack([score.flatten(0, -2).amax(0) for score in scores]).amax(0).argmax())
+
+
+def from_letterbox(heat: np.ndarray, place: Letterbox, height: int, width: int) -> np.ndarray:
+    """Cut the image out of a map [S, S] of the canvas and scale it to [height, width]."""
+    inside = heat[place.top : place.top + place.height, place.left : place.left + place.width]
+    return cv2.resize(inside, (width, height))
 
 
 def overlay(image: np.ndarray, heat: np.ndarray, opacity: float = 0.6) -> np.ndarray:
@@ -399,13 +411,10 @@ def _tail_maps(trace: Trace, tail: Tail, values: Sequence[Value], method: str) -
 
 
 def _in_original(heat: np.ndarray, trace: Trace) -> tuple[np.ndarray, bool]:
-    """Cut the image out of a map of the canvas, scaled to the original size; also say whether it is zero."""
-    place = trace.place
-    peak = heat.max()
-    inside = heat[place.top : place.top + place.height, place.left : place.left + place.width]
-    if not inside.max() > ZERO:
-        return np.zeros((trace.height, trace.width), dtype=np.float32), True
-    return cv2.resize(inside / peak, (trace.width, trace.height)), False
+    """Return a map of the canvas over the original image, its peak set to 1; also say whether it is zero."""
+    over_image = from_letterbox(heat / max(heat.max(), ZERO), trace.place, trace.height, trace.width)
+    is_zero = not over_image.max() > ZERO
+    return np.zeros_like(over_image) if is_zero else over_image, is_zero
 
 
 def _start_scales(layer: str, end: int) -> list[int]:

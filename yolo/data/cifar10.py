@@ -131,7 +131,7 @@ def _read_digits(splits: Sequence[str]) -> dict[str, _Split]:
 
     digits = load_digits()
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    images = np.stack([_to_32(cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)) for image in grey])
+    images = np.stack([to_32(cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)) for image in grey])
     first_test = len(images) * 4 // 5
     ranges = {"train": range(first_test), "test": range(first_test, len(images))}
     result = {}
@@ -231,10 +231,11 @@ def _decode(data: bytes) -> np.ndarray | None:
     if not data:
         return None
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-    return None if image is None else _to_32(image)
+    return None if image is None else to_32(image)
 
 
-def _to_32(image: np.ndarray) -> np.ndarray:
+def to_32(image: np.ndarray) -> np.ndarray:
+    """Resize an image [H, W, 3] of any shape to the classifier's 32 x 32; its shape is not kept."""
     if image.shape[:2] == (IMAGE_SIZE, IMAGE_SIZE):
         return image
     shrinks = min(image.shape[:2]) > IMAGE_SIZE
