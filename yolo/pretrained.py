@@ -46,11 +46,11 @@ class LoadReport:
 def init_weights(model: nn.Module, path: Path) -> LoadReport:
     """Copy what fits from a weight file into the model, in place; `.weights` and `.conv.N` are Darknet's.
 
-    Output layers for another number of classes are left out. Of our checkpoints the averaged weights are taken.
+    Output layers for another number of classes are left out. From our checkpoints come the averaged weights.
 
     Raises:
-        UserError: if the file is missing, damaged, of an unknown kind, or made for another network; the model is
-            then unchanged.
+        UserError: if the file is missing, damaged, of an unknown kind, or made for another network; the model
+            is then unchanged.
     """
     if not path.is_file():
         raise UsageError(f"--init-weights {path}: no such file")
@@ -68,9 +68,8 @@ def _init_from_darknet(model: nn.Module, path: Path) -> LoadReport:
     left_out = [conv.name for conv in present if conv.norm is None and cut.num_classes != model.num_classes]
     notes = []
     if left_out:
-        notes = [
-            f"the file has {cut.num_classes} classes, this run {model.num_classes}: {', '.join(left_out)} left out"
-        ]
+        difference = f"the file has {cut.num_classes} classes, this run {model.num_classes}"
+        notes = [f"{difference}: {', '.join(left_out)} left out"]
     loaded = [conv.name for conv in present if conv.name not in left_out]
     return LoadReport(path, loaded, left_out + [conv.name for conv in absent], notes=notes)
 

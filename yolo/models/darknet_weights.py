@@ -1,10 +1,11 @@
-"""Darknet's binary `.weights` files: `darknet53.conv.74`, `yolov3.weights`, or any cut between two convolutions.
+"""Darknet's binary `.weights` files: `darknet53.conv.74`, `yolov3.weights`, or any cut between convolutions.
 
-Format (Darknet's `src/parser.c`, `load_weights_upto`): int32 major, minor and revision, the number of images seen
-(int64 from version 0.2 on, int32 before), then little-endian float32. A convolution with batch normalisation stores
-its bias, scale, running mean and running variance, then the kernel; the last convolution of a head its bias, then
-the kernel. Darknet's heads have our channel order (`tx, ty, tw, th, objectness, classes` per anchor), but it trains
-its classes as independent sigmoids, and adds its batch-normalisation epsilon to the deviation, not to the variance.
+Format (Darknet's `src/parser.c`, `load_weights_upto`): int32 major, minor and revision, the number of images
+seen (int64 from version 0.2 on, int32 before), then little-endian float32. A convolution with batch normalisation
+stores bias, scale, running mean and running variance, then the kernel; the last convolution of a head its bias,
+then the kernel. Darknet's heads have our channel order (`tx, ty, tw, th, objectness, classes` per anchor), but
+their classes are trained as independent sigmoids, and its batch normalisation adds epsilon to the deviation
+instead of the variance.
 """
 
 import struct
@@ -64,7 +65,7 @@ class DarknetFile(NamedTuple):
 
 
 def darknet_convolutions(model: YoloV3) -> list[DarknetConv]:
-    """Return the 75 convolutions in the order of `yolov3.cfg`: backbone, then neck, head and lateral per scale."""
+    """Return the 75 convolutions in the order of `yolov3.cfg`: backbone, then neck, head, lateral per scale."""
     parts: list[tuple[str, nn.Module]] = [("backbone", model.backbone)]
     for scale, (neck, head) in enumerate(zip(model.necks, model.heads, strict=True)):
         parts += [(f"necks.{scale}", neck), (f"heads.{scale}", head)]
@@ -149,7 +150,8 @@ def load_darknet(model: YoloV3, path: Path) -> DarknetCut:
         What the file held.
 
     Raises:
-        UserError: for a file that is truncated, not Darknet's, or cut within a convolution; the model is unchanged.
+        UserError: for a file that is truncated, not Darknet's, or cut within a convolution; the model is then
+            unchanged.
     """
     values = read_darknet(path).values
     convolutions = darknet_convolutions(model)
@@ -182,7 +184,10 @@ def _where_it_ends(convolutions: Sequence[DarknetConv], num_values: int, num_cla
         end += conv.num_values(num_classes)
         if num_values < end:
             return (
-                f"its {num_values:,} values end inside convolution {count} of {len(convolutions)} ({conv.name}); it is "
-                "truncated, or made for another network or --width"
+                f"its {num_values:,} values end inside convolution {count} of {len(convolutions)} ({conv.name}); "
+                "it is truncated, or made for another network or --width"
             )
-    return f"its {num_values:,} values are more than this network's {end:,}; it is made for another network or --width"
+    return (
+        f"its {num_values:,} values are more than this network's {end:,}; "
+        "it is made for another network or --width"
+    )
