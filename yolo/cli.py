@@ -20,20 +20,27 @@ Args = TypeVar("Args")
 
 
 def parse(
-    args_class: type[Args], argv: Sequence[str] | None, description: str, default_config: str | None = None
+    args_class: type[Args],
+    argv: Sequence[str] | None,
+    description: str,
+    config_file: str | Path | None = None,
 ) -> Args:
-    """Parse flags into `args_class`, over the YAML file that `--config` (or `default_config`) names.
-
-    The keys of the file are the names of the flags, with underscores.
+    """Parse flags into `args_class`, over a YAML file whose keys are the names of the flags, with underscores.
 
     Raises:
         UsageError: for an unreadable file or an unknown key, naming the nearest one.
         SystemExit: with 2 for flags that do not parse, with 0 after `--help`.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    config_file = _value_of("--config", words) or default_config
-    default = args_class() if config_file is None else _from_yaml(args_class, Path(config_file))
+    words = command_line(argv)
+    if config_file is None:
+        return tyro.cli(args_class, args=words, description=description)
+    default = _from_yaml(args_class, Path(config_file))
     return tyro.cli(args_class, args=words, default=default, description=description)
+
+
+def command_line(argv: Sequence[str] | None) -> list[str]:
+    """Return the words of the command line, unless a caller gives its own."""
+    return list(sys.argv[1:] if argv is None else argv)
 
 
 def run(main: Callable[[Sequence[str] | None], int]) -> None:
@@ -106,7 +113,8 @@ def _first_bad_key(args_class: type, values: dict[str, Any]) -> str:
     return "a key"
 
 
-def _value_of(flag: str, words: Sequence[str]) -> str | None:
+def value_of(flag: str, words: Sequence[str]) -> str | None:
+    """Return what follows `flag` among the words of a command line, before these are parsed; None without it."""
     for word, following in zip_longest(words, words[1:]):
         if word == flag:
             return following

@@ -1,0 +1,114 @@
+"""Train a detector (or a classifier) with Lightning Fabric.
+
+python train.py                                               # handwritten digits, made on first use: minutes on a CPU
+python train.py --config configs/voc.yaml --data-root VOCdevkit
+python train.py --resume auto                                 # go on where the newest run of this config stopped
+python train.py --plan-only                                   # write schedule.txt and schedule.png, and stop
+python train.py --check-data                                  # count, check and draw the data, and stop
+torchrun --nproc_per_node=4 train.py --config configs/voc.yaml
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from yolo import cli
+from yolo.config import Config, parse_interval
+from yolo.run_folder import find_run_folder
+
+DEFAULT_CONFIG = "configs/digits.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArgs(Config):
+    """The flags of this run, over those of its configuration."""
+
+    config: str = DEFAULT_CONFIG
+    """YAML file whose keys are the names of the flags below."""
+    out_dir: str | None = None
+    """Folder of this run. Default: `runs/<config>-<time>`."""
+    resume: str | None = None
+    """`auto` (the newest checkpoint of --out-dir, or of the newest unfinished run), a checkpoint, or a run folder."""
+    replan: bool = False
+    """On resume with another batch, data set or cycle: plan a new schedule from the same position."""
+    mirror: str | None = None
+    """Copy finished checkpoints, schedule and metrics here: a folder on another drive or any fsspec URL."""
+    max_time: str | None = None
+    """Save and stop after this long, as in `2h45m`."""
+    plan_only: bool = False
+    """Write schedule.txt and schedule.png, and stop."""
+    check_data: bool = False
+    """Check, count and draw the data, and stop."""
+    find_lr: bool = False
+    """Run a learning-rate range test, propose --max-lr, and stop."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, assemble, train; return the exit code."""
+    words = cli.command_line(argv)
+    config_file = cli.value_of("--config", words) or DEFAULT_CONFIG
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    resume = cli.value_of("--resume", words) or ("auto" if restarted else None)
+    folder, source = find_run_folder(Path(config_file).stem, cli.value_of("--out-dir", words), resume)
+    stored = folder.config if resume and folder.config.exists() else None  # a resumed run keeps its settings
+    args = cli.parse(TrainArgs, words, __doc__ or "", stored or config_file)
+    cfg = Config.from_dict(args.to_dict())
+
+    # torch takes seconds to import: not before the arguments are known to be right
+    from yolo import engine
+    from yolo.run import Run
+    from yolo.stopping import EXIT_CODES, StopRequest
+    from yolo.tasks import build_task
+
+    stop = StopRequest(None if args.max_time is None else parse_interval(args.max_time)[1])
+    fabric, scaler = engine.make_fabric(cfg)
+    folder = fabric.broadcast(folder)
+    task = build_task(cfg)
+    sampler = engine.make_sampler(fabric, cfg, len(task.train_set))
+    run = Run(
+        folder, task, engine.plan(fabric, cfg, task, sampler), writes=fabric.is_global_zero, say=fabric.print
+    )
+    if args.plan_only:
+        run.write_plan()
+        return 0
+
+    fabric.seed_everything(cfg.seed, verbose=False)
+    state = engine.make_state(fabric, scaler, cfg, task)
+    checkpoint = fabric.broadcast(run.find_checkpoint(source) if resume and fabric.is_global_zero else None)
+    if checkpoint:
+        run.continue_from(checkpoint, state)
+    elif resume:
+        fabric.print(f"nothing to resume in {folder.path}: starting fresh")
+    end = engine.end_of(cfg, run.schedule)
+    if state.step >= end and folder.results.exists():
+        fabric.print(f"{folder.path} is at its end (step {state.step}): see {folder.results}")
+        return 0
+
+    run.start(state, world_size=fabric.world_size, resumed=bool(checkpoint))
+    fabric.print(engine.introduction(fabric, cfg, task, run))
+    train_loader = engine.make_train_loader(fabric, cfg, task, sampler)
+    test_loader = engine.make_test_loader(fabric, cfg, task.test)
+    results = None
+    while results is None or state.step < end:
+        if not state.evaluation_due and state.step < end:
+            engine.train_one_epoch(fabric, state, task, train_loader, stop, run)
+        reason = engine.agreed_reason(fabric, stop)
+        if reason is None:
+            results = engine.evaluate_if_due(fabric, state, task, test_loader, stop, run)
+            reason = engine.agreed_reason(fabric, stop)
+        run.save()
+        if reason is not None:
+            run.close()
+            fabric.print(
+                f"stopped by {reason} at step {state.step} of {end}; continue with --resume {folder.path}"
+            )
+            return EXIT_CODES[reason]
+    run.finish(results, state)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

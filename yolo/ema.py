@@ -1,0 +1,27 @@
+"""An exponential moving average of the weights: what is evaluated, exported and shown."""
+
+import copy
+
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+
+class Ema:
+    """The averaged copy `module` of a model, batch-normalisation statistics included, always in eval mode.
+
+    The decay rises from 0.1 to its final value, min(decay, (1 + step) / (10 + step)), so that the average does not
+    remember the initial weights.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+
+    def update(self, model: nn.Module, step: int) -> None:
+        """Move the average towards `model` after optimizer step number `step`, counted from 0."""
+        average = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))
+        average(_floating(self.module), _floating(model), step)
+
+
+def _floating(model: nn.Module) -> list[Tensor]:
+    return [value.detach() for value in model.state_dict(keep_vars=True).values() if value.is_floating_point()]

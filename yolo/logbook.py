@@ -1,0 +1,118 @@
+"""What a run writes while it learns: `metrics.jsonl`, TensorBoard events, and lines or a bar for the person."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from yolo.atomic import replacing
+
+HEADLINES = {
+    "class_accuracy": "class accuracy",
+    "no_object_accuracy": "no-object accuracy (objectness > 0.05)",
+    "object_accuracy": "object accuracy (objectness > 0.05)",
+    "no_object_accuracy_at_0.5": "no-object accuracy (objectness > 0.5)",
+    "object_accuracy_at_0.5": "object accuracy (objectness > 0.5)",
+    "accuracy": "accuracy",
+    "map_50": "mAP@0.5 (area)",
+    "map_50_11pt": "mAP@0.5 (11 points)",
+    "map_50_95": "mAP@0.5:0.95",
+}
+TIMINGS = frozenset({"seconds", "images_per_second", "data_wait_share", "peak_memory_gib"})
+
+
+class Logbook:
+    """Rank 0's records. On resume, everything after the checkpoint's step is cut, so that no step is doubled."""
+
+    def __init__(self, run_dir: Path, resume_step: int | None = None) -> None:
+        """Open the records of `run_dir`; `resume_step` is the number of optimizer steps done, None for a new run."""
+        self.path = run_dir / "metrics.jsonl"
+        if resume_step is not None:
+            _cut(self.path, resume_step)
+        self._file = self.path.open("a")
+        purge = None if resume_step is None else resume_step + 1
+        self.tensorboard = SummaryWriter(str(run_dir), purge_step=purge)
+
+    def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Append a line `{"kind": "train" | "evaluation", "step": ..., ...}` and its numbers to TensorBoard."""
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float) and name != "epoch":
+                self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
+
+    def picture(self, name: str, image: np.ndarray, step: int) -> None:
+        """Show an RGB uint8 image [H, W, 3] in TensorBoard."""
+        self.tensorboard.add_image(name, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Write what is still buffered."""
+        self._file.close()
+        self.tensorboard.close()
+
+
+class Progress:
+    """A progress bar on a terminal, plain lines elsewhere, silent on ranks that do not print."""
+
+    def __init__(self, total: int, description: str, enabled: bool) -> None:
+        self.enabled = enabled
+        self.description = description
+        interactive = enabled and sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total, desc=description, disable=not interactive, leave=False, dynamic_ncols=True
+        )
+        self._plain = enabled and not interactive
+
+    def update(self, count: int = 1) -> None:
+        """Advance the bar."""
+        self._bar.update(count)
+
+    def note(self, text: str) -> None:
+        """Show the latest numbers beside the bar, or print them as a line."""
+        self._bar.set_postfix_str(text, refresh=False)
+        if self._plain:
+            print(f"{self.description}: {text}", flush=True)
+
+    def close(self) -> None:
+        """Remove the bar."""
+        self._bar.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a `metrics.jsonl`; a last line that a crash cut short is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def duration(seconds: float) -> str:
+    """Write seconds as `45s`, `12m05s` or `3h07m`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+def summary_lines(results: dict[str, Any], rows: list[tuple[str, Any]]) -> list[str]:
+    """Return a closing table: the headline results that are there, then `rows`."""
+    table = [
+        (title, f"{results[key]:.4f}") for key, title in HEADLINES.items() if results.get(key) is not None
+    ]
+    table += [(title, str(value)) for title, value in rows]
+    width = max(len(title) for title, _ in table)
+    return [f"  {title:<{width}}  {value}" for title, value in table]
+
+
+def _cut(path: Path, last_step: int) -> None:
+    kept = [line for line in read_metrics(path) if line["step"] <= last_step]
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))

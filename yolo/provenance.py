@@ -1,0 +1,63 @@
+"""What stands beside a number so that it can be made again: versions, commit, machine, threads."""
+
+import hashlib
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def provenance() -> dict[str, Any]:
+    """Return commit, library versions, hardware and thread count as plain types."""
+    return {
+        "commit": current_commit(),
+        "versions": {name: version(name) for name in ("torch", "torchvision", "lightning", "albumentations", "numpy")},
+        "python": platform.python_version(),
+        "hardware": hardware(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def current_commit() -> str | None:
+    """Return the commit of the checkout this package lies in, with `+` when files differ; None outside of git."""
+    folder = Path(__file__).parent
+    try:
+        commit = _git(folder, "rev-parse", "--short=12", "HEAD")
+        return commit + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def hardware() -> str:
+    """Return the name of the GPU, or of the CPU and how many of its cores this process may use."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{available_cpus()} x {_cpu_name()}"
+
+
+def available_cpus() -> int:
+    """Return how many CPUs this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def file_digest(path: Path) -> str:
+    """Return the first 16 hexadecimal digits of the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _git(folder: Path, *words: str) -> str:
+    return subprocess.run(["git", "-C", str(folder), *words], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,37 @@
+"""When to stop early: a signal, or the time that a borrowed machine gives."""
+
+import os
+import signal
+import sys
+import time
+from types import FrameType
+
+EXIT_CODES = {"SIGTERM": 143, "SIGINT": 130, "--max-time": 0}
+
+
+class StopRequest:
+    """Remembers the first reason to stop; the loop asks for it between two optimizer steps.
+
+    A second signal exits at once, without saving.
+    """
+
+    def __init__(self, max_seconds: float | None = None) -> None:
+        """Listen for SIGTERM and SIGINT; `max_seconds` counts from now."""
+        self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
+        self._signal: str | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    @property
+    def reason(self) -> str | None:
+        """`SIGTERM`, `SIGINT`, `--max-time`, or None to go on."""
+        if self._signal is None and self._deadline is not None and time.monotonic() >= self._deadline:
+            return "--max-time"
+        return self._signal
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self._signal is not None:
+            os._exit(EXIT_CODES[name])
+        self._signal = name
+        print(f"\n{name}: finishing this step and saving (again: exit at once)", file=sys.stderr, flush=True)

@@ -1,0 +1,231 @@
+"""What is learned, as one bundle of plain parts: the only module that knows both detection and classification.
+
+A `Task` holds a model, a criterion, how targets become what the criterion wants, how a test is scored, and the
+data. The engine runs any of them through the same loop.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import Dataset
+
+from yolo.boxes import boxes_from_letterbox
+from yolo.config import Config, anchor_sizes
+from yolo.data import classification, cifar10
+from yolo.data.anchors import cluster_anchors
+from yolo.data.collate import MosaicCollate, TestSamples, TrainSamples, plain_collate
+from yolo.data.sources import open_dataset, open_datasets
+from yolo.loss import ScaleTargets, YoloLoss, assign_targets, count_targets
+from yolo.metrics.average_precision import DetectionMetrics
+from yolo.metrics.cell_accuracy import CellAccuracy
+from yolo.metrics.classification import ClassificationMetrics
+from yolo.models.resnet import ResNet
+from yolo.models.yolov3 import STRIDES, YoloV3, make_anchors, postprocess
+
+
+class Criterion(Protocol):
+    """Losses by term, as device scalars; their sum is minimised."""
+
+    def __call__(self, outputs: Any, assigned: Any, counts: Tensor) -> dict[str, Tensor]:
+        """Return each term summed over its cells and divided by `counts`, those of the whole global batch."""
+
+
+class Metrics(Protocol):
+    """What a test measures; the states of all ranks are merged before `compute`."""
+
+    def update(self, outputs: Any, targets: Any) -> None:
+        """Add one batch."""
+
+    def state(self) -> dict[str, Any]:
+        """Return this rank's sums, as plain types."""
+
+    def merge(self, states: Sequence[dict[str, Any]]) -> None:
+        """Take the sums of all ranks, this one's included."""
+
+    def compute(self) -> dict[str, Any]:
+        """Return the results, as they stand in `results.json`."""
+
+
+@dataclass(frozen=True)
+class Test:
+    """A split to be tested on: its samples, one image each, and what is measured."""
+
+    __test__ = False  # pytest would collect a class of this name
+
+    dataset: Any
+    samples: Dataset
+    collate: Callable
+    metrics: Callable[[bool], Metrics]  # (with everything that is slow?) -> a fresh accumulator
+
+
+@dataclass(frozen=True)
+class Task:
+    """The parts that the engine assembles."""
+
+    config: Config
+    class_names: tuple[str, ...]
+    anchors: Tensor | None  # [3, A, 2] pixels; None for classification
+    model: nn.Module
+    criterion: nn.Module  # a Criterion
+    assign: Callable[[Any, int], Any]  # (targets of a batch, image size) -> what the criterion wants
+    count: Callable[[Any], Tensor]  # that -> the counts that normalise the loss
+    score: Callable[[Mapping[str, Any]], float]  # results -> what "best" means
+    train_set: Any
+    train_samples: Dataset
+    train_collate: Callable
+    test: Test
+
+
+def build_task(config: Config) -> Task:
+    """Open the data that `config` names and build everything else for it."""
+    return _build_classification(config) if config.task == "classification" else _build_detection(config)
+
+
+def build_model(config: Config, num_classes: int) -> nn.Module:
+    """Return the untrained network of a configuration."""
+    network = ResNet if config.task == "classification" else YoloV3
+    return network(num_classes, config.width)
+
+
+def build_test(config: Config, class_names: Sequence[str], anchors: Tensor | None) -> Test:
+    """Open `config.split` for testing a trained model, with its classes and anchors."""
+    if config.task == "classification":
+        return _classification_test(config, cifar10.open_dataset(config, config.split, class_names))
+    assert anchors is not None
+    return _detection_test(config, open_dataset(config, config.split, class_names), anchors)
+
+
+class DetectionEvaluation:
+    """Cell accuracies on the grids, and detections in the pixels of the original images."""
+
+    def __init__(self, config: Config, anchors: Tensor, test_set: Any, *, with_map: bool) -> None:
+        self.config = config
+        self.anchors = anchors
+        self.cells = CellAccuracy(len(test_set.class_names))
+        self.detections = DetectionMetrics(test_set) if with_map else None
+
+    def update(self, outputs: Sequence[Tensor], targets: Sequence[Mapping[str, Any]]) -> None:
+        """Add one batch of raw outputs and the targets of `TestSamples`."""
+        self.anchors = self.anchors.to(outputs[0].device)
+        img_size = outputs[0].shape[2] * STRIDES[0]
+        self.cells.update(outputs, _assign(self.config, targets, self.anchors, img_size))
+        if self.detections is None:
+            return
+        found = postprocess(
+            outputs,
+            self.anchors,
+            score_threshold=self.config.score_threshold,
+            iou_threshold=self.config.iou_threshold,
+            max_detections=self.config.max_detections,
+        )
+        for detection, target in zip(found, targets, strict=True):
+            detection["boxes"] = boxes_from_letterbox(
+                detection["boxes"], target["letterbox"], target["height"], target["width"]
+            )
+            self.detections.update(target["image_index"], detection)
+
+    def state(self) -> dict[str, Any]:
+        """Return this rank's sums and detections."""
+        return {
+            "cells": self.cells.state(),
+            "detections": self.detections.state() if self.detections else None,
+        }
+
+    def merge(self, states: Sequence[dict[str, Any]]) -> None:
+        """Take the sums and detections of all ranks."""
+        self.cells.merge([state["cells"] for state in states])
+        if self.detections:
+            self.detections.merge([state["detections"] for state in states])
+
+    def compute(self) -> dict[str, Any]:
+        """Return the three accuracies and, where asked for, mAP."""
+        return {**self.cells.compute(), **(self.detections.compute() if self.detections else {})}
+
+
+class ClassificationLoss(nn.Module):
+    """Cross-entropy as `{"class": ...}`, divided by the size of the global batch."""
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.label_smoothing = label_smoothing
+
+    def forward(self, outputs: Tensor, assigned: Tensor, counts: Tensor) -> dict[str, Tensor]:
+        """Compare logits [B, C] with labels [B]; `counts` is the number of images."""
+        total = functional.cross_entropy(
+            outputs.float(), assigned, reduction="sum", label_smoothing=self.label_smoothing
+        )
+        return {"class": total / counts.clamp(min=1)}
+
+
+def _build_detection(config: Config) -> Task:
+    train_set, test_set = open_datasets(config)
+    sizes = anchor_sizes(config.anchors) or cluster_anchors(train_set, config)
+    anchors = make_anchors(sizes, config.resolved_test_size)
+    criterion = YoloLoss(anchors, config, config.label_smoothing)
+    return Task(
+        config=config,
+        class_names=train_set.class_names,
+        anchors=anchors,
+        model=build_model(config, len(train_set.class_names)),
+        criterion=criterion,
+        assign=lambda targets, size: _assign(config, targets, criterion.anchors, size),
+        count=count_targets,
+        score=_product_of_accuracies,
+        train_set=train_set,
+        train_samples=TrainSamples(train_set, config, config.seed),
+        train_collate=MosaicCollate(config, config.seed),
+        test=_detection_test(config, test_set, anchors),
+    )
+
+
+def _detection_test(config: Config, test_set: Any, anchors: Tensor) -> Test:
+    return Test(
+        dataset=test_set,
+        samples=TestSamples(test_set, config.resolved_test_size),
+        collate=plain_collate,
+        metrics=lambda full: DetectionEvaluation(config, anchors, test_set, with_map=full),
+    )
+
+
+def _build_classification(config: Config) -> Task:
+    train_set, test_set = cifar10.open_datasets(config)
+    model = build_model(config, len(train_set.class_names))
+    return Task(
+        config=config,
+        class_names=train_set.class_names,
+        anchors=None,
+        model=model,
+        criterion=ClassificationLoss(config.label_smoothing),
+        assign=lambda labels, size: labels.to(next(model.parameters()).device, non_blocking=True),
+        count=lambda labels: torch.tensor(float(len(labels)), device=labels.device),
+        score=lambda results: results["accuracy"],
+        train_set=train_set,
+        train_samples=classification.TrainImages(train_set, config, config.seed),
+        train_collate=classification.collate_images,
+        test=_classification_test(config, test_set),
+    )
+
+
+def _classification_test(config: Config, test_set: Any) -> Test:
+    return Test(
+        dataset=test_set,
+        samples=classification.TestImages(test_set),
+        collate=classification.collate_images,
+        metrics=lambda full: ClassificationMetrics(test_set.class_names),
+    )
+
+
+def _assign(config: Config, targets: Any, anchors: Tensor, img_size: int) -> list[ScaleTargets]:
+    return assign_targets(targets, anchors, img_size, rule=config.assignment, ignore_iou=config.ignore_iou)
+
+
+def _product_of_accuracies(results: Mapping[str, Any]) -> float:
+    names = ("class_accuracy", "no_object_accuracy_at_0.5", "object_accuracy_at_0.5")
+    product = 1.0
+    for name in names:
+        product *= results[name] or 0.0
+    return product
