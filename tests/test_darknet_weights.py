@@ -188,7 +188,7 @@ def test_a_truncated_or_foreign_file_changes_nothing(tmp_path: Path, damage, mes
 
 def test_a_file_of_another_width_is_refused(tmp_path: Path) -> None:
     write_darknet(YoloV3(3, 0.25), tmp_path / "wide.weights")
-    with pytest.raises(UserError, match="another network or --width"):
+    with pytest.raises(UserError, match="another --width"):
         init_weights(_random_model(), tmp_path / "wide.weights")
 
 

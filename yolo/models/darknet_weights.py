@@ -1,11 +1,11 @@
 """Darknet's binary `.weights` files: `darknet53.conv.74`, `yolov3.weights`, or any cut between convolutions.
 
 Format (Darknet's `src/parser.c`, `load_weights_upto`): int32 major, minor and revision, the number of images
-seen (int64 from version 0.2 on, int32 before), then little-endian float32. A convolution with batch normalisation
-stores bias, scale, running mean and running variance, then the kernel; the last convolution of a head its bias,
-then the kernel. Darknet's heads have our channel order (`tx, ty, tw, th, objectness, classes` per anchor), but
-their classes are trained as independent sigmoids, and its batch normalisation adds epsilon to the deviation
-instead of the variance.
+seen (int64 from version 0.2 on, int32 before), then little-endian float32. A convolution with batch
+normalisation stores bias, scale, running mean and running variance, then the kernel; the last convolution of a
+head its bias, then the kernel. The channels of its heads are in our order (`tx, ty, tw, th, objectness, classes`
+per anchor), but its classes are trained as independent sigmoids, and its batch normalisation adds epsilon to the
+deviation instead of the variance.
 """
 
 import struct
@@ -65,7 +65,7 @@ class DarknetFile(NamedTuple):
 
 
 def darknet_convolutions(model: YoloV3) -> list[DarknetConv]:
-    """Return the 75 convolutions in the order of `yolov3.cfg`: backbone, then neck, head, lateral per scale."""
+    """Return the 75 convolutions in the order of `yolov3.cfg`: backbone; neck, head and lateral per scale."""
     parts: list[tuple[str, nn.Module]] = [("backbone", model.backbone)]
     for scale, (neck, head) in enumerate(zip(model.necks, model.heads, strict=True)):
         parts += [(f"necks.{scale}", neck), (f"heads.{scale}", head)]
@@ -183,11 +183,6 @@ def _where_it_ends(convolutions: Sequence[DarknetConv], num_values: int, num_cla
     for count, conv in enumerate(convolutions, start=1):
         end += conv.num_values(num_classes)
         if num_values < end:
-            return (
-                f"its {num_values:,} values end inside convolution {count} of {len(convolutions)} ({conv.name}); "
-                "it is truncated, or made for another network or --width"
-            )
-    return (
-        f"its {num_values:,} values are more than this network's {end:,}; "
-        "it is made for another network or --width"
-    )
+            place = f"convolution {count} of {len(convolutions)} ({conv.name})"
+            return f"its {num_values:,} values end inside {place}; is it truncated, or of another --width?"
+    return f"its {num_values:,} values are more than this network's {end:,}; is it of another --width?"
