@@ -65,6 +65,8 @@ class AugmentConfig:
     """Share of training samples composed of four images."""
     mosaic_off_epochs: int = 0
     """Train the last N epochs without mosaic."""
+    min_visible: float = 0.3
+    """Share of a box that must stay visible when a mosaic tile or the border cuts it; below, it is dropped."""
     aug_flip: float = 0.5
     """Horizontal mirror image."""
     aug_affine: float = 0.5
@@ -208,8 +210,6 @@ class Config(
 ):
     """Everything that defines a run. Stored as `config.yaml` and inside each checkpoint."""
 
-    name: str = "run"
-    """Name of the configuration: begins the name of the run folder."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, naming the flag."""
