@@ -181,6 +181,27 @@ def match_coco(
     return kept, matches._replace(ignored=matches.ignored | unfound)
 
 
+def ap_by_size(detections: Detections, objects: Objects, class_names: Sequence[str]) -> dict[str, Any]:
+    """Return `ap_50`, `ap_50_95` and `objects` for COCO's small, medium and large objects.
+
+    The sizes are areas in pixels of the original image, parted at 32 x 32 and 96 x 96.
+    """
+    report = {}
+    for name, area_range in COCO_AREAS.items():
+        kept, matches = match_coco(detections, objects, area_range)
+        counted = ~objects.ignored & ~_outside(objects.boxes, area_range)
+        per_class = [
+            precision_recall(matches, kept.labels == label, int((counted & (objects.labels == label)).sum()))
+            for label in range(len(class_names))
+        ]
+        report[name] = {
+            "ap_50": mean_of(coco_ap(*curves[0]) for curves in per_class),
+            "ap_50_95": mean_of(mean_of(coco_ap(*curve) for curve in curves) for curves in per_class),
+            "objects": int(counted.sum()),
+        }
+    return report
+
+
 def precision_recall(
     matches: Matches, rows: np.ndarray, num_objects: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -201,6 +222,12 @@ def precision_recall(
 def envelope(precision: np.ndarray) -> np.ndarray:
     """Return at each point the highest precision from there on."""
     return np.maximum.accumulate(precision[::-1])[::-1]
+
+
+def precision_at(recalls: np.ndarray, precision: np.ndarray, recall: np.ndarray) -> np.ndarray:
+    """Return the best precision from each of `recalls` on, 0 where the curve does not reach."""
+    best = np.append(envelope(precision), 0.0)
+    return best[np.searchsorted(recall, recalls, "left")]
 
 
 def area_ap(precision: np.ndarray, recall: np.ndarray) -> float | None:
@@ -227,10 +254,7 @@ def mean_of(values: Iterable[float | None]) -> float | None:
 
 
 def _sampled_ap(precision: np.ndarray, recall: np.ndarray, at: np.ndarray) -> float | None:
-    if np.isnan(recall).any():
-        return None
-    best = np.append(envelope(precision), 0.0)
-    return float(best[np.searchsorted(recall, at, "left")].mean())
+    return None if np.isnan(recall).any() else float(precision_at(at, precision, recall).mean())
 
 
 def _outside(boxes: np.ndarray, area_range: tuple[float, float]) -> np.ndarray:

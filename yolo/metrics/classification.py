@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CALIBRATION_BINS = 15  # equal in width, as in Guo et al. 2017, section 2
+from yolo.metrics.calibration import calibration
 
 
 class ClassificationMetrics:
@@ -78,25 +78,3 @@ class ClassificationMetrics:
         """Return the places [<= limit] of the wrong predictions, the most confident first."""
         wrong = np.flatnonzero(self._kept["predicted"] != self._kept["labels"])
         return wrong[np.argsort(-self._kept["confidence"][wrong], kind="stable")][:limit]
-
-
-def calibration(confidence: np.ndarray, correct: np.ndarray) -> dict[str, Any]:
-    """Compare confidence [N] with the hit rate of `correct` [N] (bool), in bins of equal width.
-
-    Returns:
-        `expected_error`: the mean gap between the two, weighted by images (ECE; Guo et al. 2017, equation 3),
-        None without images; `bins`: the occupied ones, each with its `confidence`, `accuracy` and `images`.
-    """
-    place = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
-    count = np.bincount(place, minlength=CALIBRATION_BINS)
-    occupied = np.flatnonzero(count)
-    sums = (np.bincount(place, weights, CALIBRATION_BINS)[occupied] for weights in (confidence, correct))
-    mean_confidence, accuracy = (total / count[occupied] for total in sums)
-    gaps = np.abs(mean_confidence - accuracy)
-    return {
-        "expected_error": float((gaps * count[occupied]).sum() / count.sum()) if len(occupied) else None,
-        "bins": [
-            {"confidence": float(c), "accuracy": float(a), "images": int(n)}
-            for c, a, n in zip(mean_confidence, accuracy, count[occupied], strict=True)
-        ],
-    }

@@ -47,6 +47,10 @@ class Objects:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def at(self, rows: np.ndarray) -> "Objects":
+        """Return the objects at `rows` (indices or a mask)."""
+        return Objects(self.images[rows], self.boxes[rows], self.labels[rows], self.ignored[rows])
+
 
 class Matches(NamedTuple):
     """What became of N detections at T IoU thresholds; a detection neither right nor ignored is wrong."""
