@@ -2,10 +2,10 @@
 
 Format (Darknet's `src/parser.c`, `load_weights_upto`): int32 major, minor and revision, the number of images
 seen (int64 from version 0.2 on, int32 before), then little-endian float32. A convolution with batch
-normalisation stores bias, scale, running mean and running variance, then the kernel; the last convolution of a
-head its bias, then the kernel. The channels of its heads are in our order (`tx, ty, tw, th, objectness, classes`
-per anchor), but its classes are trained as independent sigmoids, and its batch normalisation adds epsilon to the
-deviation instead of the variance.
+normalisation stores bias, scale, running mean and running variance, then the kernel; the last convolution of
+a head its bias, then the kernel. The channels of its heads are in our order (`tx, ty, tw, th, objectness,
+classes` per anchor), but its classes are trained as independent sigmoids, and its batch normalisation adds
+epsilon to the deviation instead of the variance.
 """
 
 import struct
