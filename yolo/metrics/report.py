@@ -25,8 +25,8 @@ def detection_report(
 
     Returns:
         What `average_precision` returns, and beside it `by_size`, `errors` (see `error_budget`),
-        `precision_recall` (per class, the best precision at 101 recalls), `confusion_matrix` and `shown` (both
-        at `SHOWN_SCORE`), and `calibration`.
+        `precision_recall` (per class, the best precision at 101 recalls), `confusion_matrix` and `shown` (at
+        `SHOWN_SCORE`), and `calibration`.
     """
     matches = match_voc(detections, objects, strict=matching == "devkit")
     errors = find_errors(detections, objects, matches)
