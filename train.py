@@ -1,10 +1,10 @@
 """Train a detector (or a classifier) with Lightning Fabric.
 
-python train.py                                               # handwritten digits, made on first use: minutes on a CPU
+python train.py                            # handwritten digits, made on first use: minutes on a CPU
 python train.py --config configs/voc.yaml --data-root VOCdevkit
-python train.py --resume auto                                 # go on where the newest run of this config stopped
-python train.py --plan-only                                   # write schedule.txt and schedule.png, and stop
-python train.py --check-data                                  # count, check and draw the data, and stop
+python train.py --resume auto              # go on where the newest run of this config stopped
+python train.py --plan-only                # write schedule.txt and schedule.png, and stop
+python train.py --check-data               # count, check and draw the data, and stop
 torchrun --nproc_per_node=4 train.py --config configs/voc.yaml
 """
 
@@ -29,7 +29,7 @@ class TrainArgs(Config):
     out_dir: str | None = None
     """Folder of this run. Default: `runs/<config>-<time>`."""
     resume: str | None = None
-    """`auto` (the newest checkpoint of --out-dir, or of the newest unfinished run), a checkpoint, or a run folder."""
+    """`auto` (newest checkpoint of --out-dir, or of the newest unfinished run), a checkpoint, or a folder."""
     replan: bool = False
     """On resume with another batch, data set or cycle: plan a new schedule from the same position."""
     mirror: str | None = None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Letterbox(NamedTuple):
-    """Where an image of any shape lies inside a square canvas: scaled by `scale`, then moved by `(left, top)`."""
+    """Where an image lies inside a square canvas: scaled by `scale`, then moved by `(left, top)`."""
 
     scale: float
     left: int
@@ -22,7 +22,7 @@ class Letterbox(NamedTuple):
 
 
 def letterbox(height: int, width: int, size: int) -> Letterbox:
-    """Return the largest placement of a `height` x `width` image, its shape kept, centred in `size` x `size`."""
+    """Return the largest centred placement of an image in a square, its shape kept."""
     scale = size / max(height, width)
     scaled_height = max(1, round(height * scale))
     scaled_width = max(1, round(width * scale))
@@ -36,7 +36,7 @@ def boxes_to_letterbox(boxes: Tensor, place: Letterbox) -> Tensor:
 
 
 def boxes_from_letterbox(boxes: Tensor, place: Letterbox, height: int, width: int) -> Tensor:
-    """Move boxes [N, 4] from the canvas back to the original image and clip them to its `height` x `width`."""
+    """Move boxes [N, 4] from the canvas back to the original image, and clip them to it."""
     original = (boxes - boxes.new_tensor([place.left, place.top] * 2)) / place.scale
     limit = original.new_tensor([width, height] * 2)
     return torch.minimum(original.clamp(min=0), limit)

@@ -1,8 +1,8 @@
 """Checkpoints that never overwrite one another, and the small weight files that are made from them.
 
 A checkpoint (`epoch012-step004321-lr3.412e-04.ckpt`) is a dict of tensors and plain types, read with
-`weights_only=True`. A weight file (`.safetensors`) holds the averaged weights alone; its metadata carries all that
-inference needs.
+`weights_only=True`. A weight file (`.safetensors`) holds the averaged weights alone; its metadata carries
+all that inference needs.
 """
 
 import hashlib
@@ -71,8 +71,8 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
             torch.save(content, temporary)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         raise UserError(
-            f"cannot write {path} ({error}); earlier checkpoints are untouched: free some space and --resume, "
-            "or continue in another --out-dir"
+            f"cannot write {path} ({error}); earlier checkpoints are untouched: free some space and "
+            "--resume, or continue in another --out-dir"
         ) from error
 
 
@@ -93,8 +93,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: is no checkpoint of this project; --init-weights reads other weight files")
     if content["format_version"] != FORMAT_VERSION:
         raise UserError(
-            f"{path}: has checkpoint format {content['format_version']}, this version reads {FORMAT_VERSION}; "
-            "use the version of the code that wrote it"
+            f"{path}: has checkpoint format {content['format_version']}, this version reads "
+            f"{FORMAT_VERSION}; use the version of the code that wrote it"
         )
     if content.pop("digest", None) != content_digest(content):
         raise UserError(f"{path}: is damaged (its digest does not match its content); take an earlier one")
@@ -151,7 +151,7 @@ def save_weights(
     anchors: Tensor | None,
     results: Mapping[str, Any],
 ) -> None:
-    """Write weights in half precision as `.safetensors`, with config, classes, anchors and results as metadata."""
+    """Write half-precision `.safetensors` with config, classes, anchors and results as metadata."""
     tensors = {name: _half(value).contiguous() for name, value in model.state_dict().items()}
     metadata = {
         "format_version": str(FORMAT_VERSION),
@@ -242,7 +242,7 @@ class CheckpointWriter:
         keep: int | None,
         on_saved: Callable[[Path], None] = lambda path: None,
     ) -> None:
-        """Write into `folder` what `content()` returns, with `epoch`, `step` and `lr` in it; `on_saved` hears of it."""
+        """Write what `content()` returns, which holds `epoch`, `step` and `lr`; `on_saved` hears of it."""
         self.folder = folder
         self.content = content
         self.every_steps, self.every_seconds = parse_interval(save_every)

@@ -1,4 +1,4 @@
-"""How each script reads its flags and ends: `--config FILE.yaml` first, flags over it, one clear line on failure.
+"""How each script reads its flags (`--config FILE.yaml`, flags over it) and how it ends.
 
 Exit codes: 0 done, 1 failed, 2 bad arguments, 143 / 130 stopped by SIGTERM / SIGINT after saving.
 """
@@ -25,7 +25,7 @@ def parse(
     description: str,
     config_file: str | Path | None = None,
 ) -> Args:
-    """Parse flags into `args_class`, over a YAML file whose keys are the names of the flags, with underscores.
+    """Parse flags into `args_class`, over a YAML file whose keys are the flags with underscores.
 
     Raises:
         UsageError: for an unreadable file or an unknown key, naming the nearest one.
@@ -114,7 +114,7 @@ def _first_bad_key(args_class: type, values: dict[str, Any]) -> str:
 
 
 def value_of(flag: str, words: Sequence[str]) -> str | None:
-    """Return what follows `flag` among the words of a command line, before these are parsed; None without it."""
+    """Return what follows `flag` in a command line that is not parsed yet; None without it."""
     for word, following in zip_longest(words, words[1:]):
         if word == flag:
             return following

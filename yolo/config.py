@@ -39,8 +39,9 @@ class DataConfig:
     task: Literal["detection", "classification"] = "detection"
     """What is learned."""
     dataset: Literal["digits", "voc", "csv", "yolo", "cifar10", "images"] = "digits"
-    """Layout of the data: `digits` is made on first use; `voc` is VOC XML (devkit or one folder); `csv` the Kaggle
-    copy of VOC; `yolo` plain YOLO folders; `cifar10` the binary version; `images` one folder per class (or a tar/zip)."""
+    """Layout of the data: `digits` is made on first use; `voc` is VOC XML (devkit or one folder); `csv` the
+    Kaggle copy of VOC; `yolo` plain YOLO folders; `cifar10` the binary version; `images` one folder per
+    class (or a tar/zip)."""
     data_root: str | None = None
     """Folder (or archive) of the data set. Default: `data/<dataset>`."""
     train_split: str = "train"
@@ -48,7 +49,7 @@ class DataConfig:
     split: str = "test"
     """What to evaluate on, as in `2007:test`."""
     classes: str = "auto"
-    """`voc` (the official twenty in their order), `auto` (those found in the training split, sorted), or a comma list."""
+    """`voc` (the official twenty in their order), `auto` (found in the training split, sorted), or a comma list."""
     skip_bad: bool = False
     """Leave out unreadable images and broken boxes, and print what was left out, instead of stopping."""
     download: bool = False
@@ -66,7 +67,7 @@ class AugmentConfig:
     mosaic_off_epochs: int = 0
     """Train the last N epochs without mosaic."""
     min_visible: float = 0.3
-    """Share of a box that must stay visible when a mosaic tile or the border cuts it; below, it is dropped."""
+    """A box of which a mosaic tile or the border leaves less than this share is dropped."""
     aug_flip: float = 0.5
     """Horizontal mirror image."""
     aug_affine: float = 0.5
@@ -92,8 +93,8 @@ class ModelConfig:
     width: float = 1.0
     """Factor on every channel count ("reduced kernels" below 1)."""
     anchors: Annotated[str, tyro.conf.arg(metavar="coco|auto|W,H,...")] = "coco"
-    """Nine anchors, small to large, in pixels of a 416 input: `coco` (the paper's), `auto` (clustered from the training
-    boxes), or 18 numbers. They are scaled once by test_size / 416 and then fixed for the run."""
+    """Nine anchors, small to large, in pixels of a 416 input: `coco` (the paper's), `auto` (clustered from
+    the training boxes), or 18 numbers. They are scaled once by test_size / 416 and then fixed for the run."""
     init_weights: str | None = None
     """Start from these weights: one of our checkpoints, a Darknet `.weights` file, or a torch state dict."""
 
@@ -107,9 +108,9 @@ class LossConfig:
     no_object_weight: float = 10.0
     class_weight: float = 1.0
     assignment: Literal["reference", "paper"] = "reference"
-    """`reference`: the best free anchor of each scale is positive. `paper`: only the best of all nine anchors."""
+    """`reference`: the best free anchor of each scale is positive. `paper`: only the best of all nine."""
     ignore_iou: float = 0.5
-    """Anchors (reference) or predictions (paper) that overlap a box by more than this are not taught "no object"."""
+    """Anchors (reference) or predictions (paper) that overlap a box by more than this are left out."""
     object_target: Literal["iou", "one"] = "iou"
     """What objectness learns on positive cells: the overlap of its prediction, or 1."""
 
@@ -122,7 +123,7 @@ class ScheduleConfig:
     max_steps: int | None = None
     """End after this many optimizer steps; the schedule stays as planned."""
     batch_size: int | Literal["auto"] = 16
-    """Global batch of one optimizer step; ranks x grad_accum_steps must divide it. `auto` finds the largest that fits."""
+    """Global batch of one optimizer step; ranks x grad_accum_steps must divide it. `auto`: the largest that fits."""
     grad_accum_steps: int = 1
     """Micro-batches per optimizer step."""
     img_sizes: Sizes = (416,)
@@ -209,7 +210,6 @@ class Config(
     DataConfig,
 ):
     """Everything that defines a run. Stored as `config.yaml` and inside each checkpoint."""
-
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, naming the flag."""

@@ -9,8 +9,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 class Ema:
     """The averaged copy `module` of a model, batch-normalisation statistics included, always in eval mode.
 
-    The decay rises from 0.1 to its final value, min(decay, (1 + step) / (10 + step)), so that the average does not
-    remember the initial weights.
+    The decay rises from 0.1 to its final value, min(decay, (1 + step) / (10 + step)), so that the average
+    does not remember the initial weights.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -24,4 +24,6 @@ class Ema:
 
 
 def _floating(model: nn.Module) -> list[Tensor]:
-    return [value.detach() for value in model.state_dict(keep_vars=True).values() if value.is_floating_point()]
+    return [
+        value.detach() for value in model.state_dict(keep_vars=True).values() if value.is_floating_point()
+    ]

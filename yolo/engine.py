@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import islice
@@ -72,8 +72,8 @@ def make_sampler(fabric: Fabric, cfg: Config, num_samples: int) -> MultiSizeBatc
     shares = fabric.world_size * cfg.grad_accum_steps
     if cfg.batch_size % shares:
         raise UsageError(
-            f"--batch-size {cfg.batch_size} cannot be shared by {fabric.world_size} rank(s) x --grad-accum-steps "
-            f"{cfg.grad_accum_steps}: choose a multiple of {shares}"
+            f"--batch-size {cfg.batch_size} cannot be shared by {fabric.world_size} rank(s) x "
+            f"--grad-accum-steps {cfg.grad_accum_steps}: choose a multiple of {shares}"
         )
     return MultiSizeBatchSampler(
         num_samples,
@@ -136,8 +136,8 @@ def introduction(fabric: Fabric, cfg: Config, task: Task, run: Run) -> str:
         f"{len(task.test.dataset)} images; {len(task.class_names)} classes",
         f"model        {type(task.model).__name__}, width {cfg.width:g}, {parameters:,} parameters",
         f"hardware     {fabric.world_size} process(es) on {hardware()}; precision {precision}: {why}",
-        f"schedule     {len(run.schedule)} steps of batch {cfg.batch_size} at {','.join(map(str, cfg.img_sizes))} px, "
-        f"test at {cfg.resolved_test_size} px",
+        f"schedule     {len(run.schedule)} steps of batch {cfg.batch_size} at "
+        f"{','.join(map(str, cfg.img_sizes))} px, test at {cfg.resolved_test_size} px",
     ]
     if torch.cuda.is_available() and torch.cuda.device_count() > fabric.world_size:
         lines.append(
@@ -212,7 +212,7 @@ def make_state(fabric: Fabric, scaler: torch.amp.GradScaler | None, cfg: Config,
 
 
 def make_optimizer(network: nn.Module, cfg: Config, *, fused: bool = False) -> torch.optim.Adam:
-    """Return Adam; only weights of two or more dimensions decay. Its learning rate comes from the schedule."""
+    """Return Adam; only weights of two or more dimensions decay. The schedule sets its rate."""
     weights = [parameter for parameter in network.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in network.parameters() if parameter.ndim <= 1]
     groups = [{"params": weights, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -292,15 +292,16 @@ def train_one_epoch(
             run.save_if_due(state.step)
     except torch.OutOfMemoryError:
         raise UserError(
-            f"out of GPU memory at --img-sizes {max(cfg.img_sizes)} with --batch-size {cfg.batch_size}: double "
-            "--grad-accum-steps (the same batch in smaller parts), lower --batch-size, or drop the largest of --img-sizes"
+            f"out of GPU memory at --img-sizes {max(cfg.img_sizes)} with --batch-size {cfg.batch_size}: "
+            "double --grad-accum-steps (the same batch in smaller parts), lower --batch-size, or drop the largest "
+            "of --img-sizes"
         ) from None
     finally:
         meter.close()
 
 
 class Meter:
-    """Speed, losses and time to go of one epoch, logged every `log_every` steps: the only waits for the device."""
+    """Speed, losses and time to go, logged every `log_every` steps: the only waits for the device."""
 
     def __init__(self, fabric: Fabric, cfg: Config, state: State, run: Run) -> None:
         self.fabric, self.cfg, self.state, self.run = fabric, cfg, state, run
@@ -339,8 +340,8 @@ class Meter:
         *losses, bad_steps = self.fabric.all_reduce(sums, reduce_op="sum").tolist()  # waits for the device
         if bad_steps >= MAX_BAD_STEPS:
             raise UserError(
-                f"the loss has not been finite for {MAX_BAD_STEPS} steps (step {state.step}); go on from the last "
-                "checkpoint with a lower --max-lr (--resume auto --replan) or with --precision 32-true"
+                f"the loss has not been finite for {MAX_BAD_STEPS} steps (step {state.step}); go on from the "
+                "last checkpoint with a lower --max-lr (--resume auto --replan) or with --precision 32-true"
             )
         seconds = time.perf_counter() - self.start
         count = state.step - (state.step - 1) // self.cfg.log_every * self.cfg.log_every
@@ -393,7 +394,7 @@ class Meter:
 def evaluate_if_due(
     fabric: Fabric, state: State, task: Task, loader: DataLoader, stop: StopRequest, run: Run
 ) -> dict[str, Any] | None:
-    """Test the averaged weights at the end of the run and every `eval_every` epochs; None if not due or stopped."""
+    """Test the averaged weights at the end and every `eval_every` epochs; None if not due or stopped."""
     cfg = task.config
     at_end = state.step >= end_of(cfg, run.schedule)
     if not at_end and (not state.evaluation_due or state.epoch % cfg.eval_every):

@@ -2,8 +2,8 @@
 
 
 class UserError(Exception):
-    """Something in the user's data, files or machine is wrong. The scripts print it as one line and exit 1."""
+    """The user's data, files or machine are wrong: the scripts print one line and exit 1."""
 
 
 class UsageError(UserError):
-    """A flag or a configuration value is wrong. The scripts print it as one line and exit 2."""
+    """A flag or a configuration value is wrong: the scripts print one line and exit 2."""

@@ -1,4 +1,4 @@
-"""What a run writes while it learns: `metrics.jsonl`, TensorBoard events, and lines or a bar for the person."""
+"""What a run writes while it learns: `metrics.jsonl`, TensorBoard events, a bar or lines."""
 
 import json
 import sys
@@ -26,10 +26,10 @@ TIMINGS = frozenset({"seconds", "images_per_second", "data_wait_share", "peak_me
 
 
 class Logbook:
-    """Rank 0's records. On resume, everything after the checkpoint's step is cut, so that no step is doubled."""
+    """Rank 0's records. On resume, all after the checkpoint's step is cut: no step is doubled."""
 
     def __init__(self, run_dir: Path, resume_step: int | None = None) -> None:
-        """Open the records of `run_dir`; `resume_step` is the number of optimizer steps done, None for a new run."""
+        """Open the records of `run_dir`; `resume_step` counts the optimizer steps done (None: new run)."""
         self.path = run_dir / "metrics.jsonl"
         if resume_step is not None:
             _cut(self.path, resume_step)
@@ -38,7 +38,7 @@ class Logbook:
         self.tensorboard = SummaryWriter(str(run_dir), purge_step=purge)
 
     def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Append a line `{"kind": "train" | "evaluation", "step": ..., ...}` and its numbers to TensorBoard."""
+        """Append a line `{"kind": "train" | "evaluation", "step": ...}`; numbers go to TensorBoard."""
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():

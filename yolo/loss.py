@@ -39,13 +39,13 @@ def assign_targets(
 ) -> list[ScaleTargets]:
     """Decide for each scale which cells are positive, which are empty and which are ignored.
 
-    `reference`: per box and scale, the free anchor of the best shape in the box's cell is positive (boxes come in
-    their order: the first takes the anchor); its other anchors whose shape IoU exceeds `ignore_iou` are ignored,
-    unless another box takes them. `paper` (section 2.1): only the best of all nine anchors is positive, and the
-    loss ignores predictions that overlap a box by more than `ignore_iou`.
+    `reference`: per box and scale, the free anchor of the best shape in the box's cell is positive (boxes
+    come in their order: the first takes the anchor); its other anchors whose shape IoU exceeds `ignore_iou`
+    are ignored, unless another box takes them. `paper` (section 2.1): only the best of all nine anchors is
+    positive, and the loss ignores predictions that overlap a box by more than `ignore_iou`.
 
-    The index arithmetic stays where the boxes are, on the CPU: how many cells are taken is known only after it,
-    and asking a GPU would stall it. The grids are made on the device of the anchors.
+    The index arithmetic stays where the boxes are, on the CPU: how many cells are taken is known only after
+    it, and asking a GPU would stall it. The grids are made on the device of the anchors.
 
     Args:
         targets: per image `boxes` [M, 4] xyxy pixels and `labels` [M].
@@ -91,7 +91,7 @@ def assign_targets(
 def _find_cells(
     image: Tensor, boxes: Tensor, shapes: Tensor, side: int, stride: int, ignore_shape: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return positive cells [P, 4], ignored cells [K, 4] (some may be positive), and which boxes found a cell."""
+    """Return positive cells [P, 4], ignored cells [K, 4] (maybe positive too), and the boxes placed."""
     centres = (
         ((boxes[:, :2] + boxes[:, 2:]) / (2 * stride)).long().clamp(0, side - 1)
     )  # edges stay in the grid
@@ -106,7 +106,8 @@ def _find_cells(
 def _first_come_anchors(cell: Tensor, shapes: Tensor) -> Tensor:
     """Give each box its best anchor that no earlier box of the same cell took; -1 where none is left.
 
-    Boxes that share a cell are served in rounds: a round serves at most one box per cell, the earliest waiting.
+    Boxes that share a cell are served in rounds: a round serves at most one box per cell, the earliest
+    waiting.
 
     Args:
         cell: [N] int64, the same number for boxes in the same cell of the same image.
@@ -142,9 +143,9 @@ def count_targets(assigned: Sequence[ScaleTargets]) -> Tensor:
 class YoloLoss(nn.Module):
     """The weighted terms `box`, `object`, `no_object` and `class`, each summed over scales.
 
-    Per scale and global batch: box = mean squared error of (sigmoid(tx), sigmoid(ty), tw, th); object = binary
-    cross-entropy of the logit with the detached IoU (or 1) as target; no_object = binary cross-entropy on empty
-    cells; class = softmax cross-entropy. Calling it twice gives the same values: nothing is changed in place.
+    Per scale and global batch: box = mean squared error of (sigmoid(tx), sigmoid(ty), tw, th); object =
+    binary cross-entropy of the logit with the detached IoU (or 1) as target; no_object = binary cross-entropy
+    on empty cells; class = softmax cross-entropy. Calling it twice gives the same values: nothing is changed in place.
     """
 
     anchors: Tensor

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
+LIBRARIES = ("torch", "torchvision", "lightning", "albumentations", "numpy")
+
 
 def provenance() -> dict[str, Any]:
     """Return commit, library versions, hardware and thread count as plain types."""
     return {
         "commit": current_commit(),
-        "versions": {name: version(name) for name in ("torch", "torchvision", "lightning", "albumentations", "numpy")},
+        "versions": {name: version(name) for name in LIBRARIES},
         "python": platform.python_version(),
         "hardware": hardware(),
         "threads": torch.get_num_threads(),
@@ -23,7 +25,7 @@ def provenance() -> dict[str, Any]:
 
 
 def current_commit() -> str | None:
-    """Return the commit of the checkout this package lies in, with `+` when files differ; None outside of git."""
+    """Return the commit of this package's checkout, with `+` when files differ; None outside of git."""
     folder = Path(__file__).parent
     try:
         commit = _git(folder, "rev-parse", "--short=12", "HEAD")
@@ -51,7 +53,8 @@ def file_digest(path: Path) -> str:
 
 
 def _git(folder: Path, *words: str) -> str:
-    return subprocess.run(["git", "-C", str(folder), *words], check=True, capture_output=True, text=True).stdout.strip()
+    command = ["git", "-C", str(folder), *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def _cpu_name() -> str:

@@ -1,4 +1,4 @@
-"""A run on the disk: its folder, schedule, checkpoints and records, opened fresh or continued where it stopped.
+"""A run on the disk: folder, schedule, checkpoints and records, started fresh or continued.
 
 Only rank 0 writes; on the other ranks the writing methods do nothing.
 """
@@ -65,7 +65,8 @@ class Run:
         """Load a checkpoint into `state`, and take the schedule that it was trained by.
 
         Raises:
-            UserError: if the checkpoint belongs to other classes, another network, another batch or other data.
+            UserError: if the checkpoint belongs to other classes, another network, another batch or other
+            data.
         """
         content = load_checkpoint(path)
         self._check_same(path, content)
@@ -78,8 +79,8 @@ class Run:
         torch.set_rng_state(content["rng"]["torch"])
         if content["threads"] != torch.get_num_threads():
             self.say(
-                f"note: the run used {content['threads']} threads, now {torch.get_num_threads()}: results may differ "
-                "in the last bits (OMP_NUM_THREADS sets them)"
+                f"note: the run used {content['threads']} threads, now {torch.get_num_threads()}: results may "
+                "differ in the last bits (OMP_NUM_THREADS sets them)"
             )
         self.say(f"resumed from {path}: epoch {state.epoch}, step {state.step} of {len(self.schedule)}")
 
@@ -199,8 +200,8 @@ class Run:
         for name in ("task", "width"):
             if getattr(config, name) != getattr(now, name):
                 raise UserError(
-                    f"{path}: was trained with --{name} {getattr(config, name)}, not {getattr(now, name)}; give that "
-                    "value, or start anew from its weights with --init-weights"
+                    f"{path}: was trained with --{name} {getattr(config, name)}, not {getattr(now, name)}; "
+                    "give that value, or start anew from its weights with --init-weights"
                 )
         if tuple(content["classes"]) != self.task.class_names:
             raise UserError(

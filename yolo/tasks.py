@@ -1,7 +1,7 @@
-"""What is learned, as one bundle of plain parts: the only module that knows both detection and classification.
+"""What is learned, as a bundle of plain parts: the only module that knows every task.
 
-A `Task` holds a model, a criterion, how targets become what the criterion wants, how a test is scored, and the
-data. The engine runs any of them through the same loop.
+A `Task` holds a model, a criterion, how targets become what the criterion wants, how a test is scored, and
+the data. The engine runs any of them through the same loop.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from yolo.boxes import boxes_from_letterbox
 from yolo.config import Config, anchor_sizes
-from yolo.data import classification, cifar10
+from yolo.data import cifar10, classification
 from yolo.data.anchors import cluster_anchors
 from yolo.data.collate import MosaicCollate, TestSamples, TrainSamples, plain_collate
 from yolo.data.sources import open_dataset, open_datasets

@@ -1,4 +1,4 @@
-"""Darknet-53, the backbone of YOLOv3 (Redmon & Farhadi 2018, table 1), and the blocks that the networks share."""
+"""Darknet-53, YOLOv3's backbone (Redmon & Farhadi 2018, table 1), and blocks that the networks share."""
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ class Darknet53(nn.Module):
 
 
 def images_to_float(images: Tensor) -> Tensor:
-    """Map uint8 images to [0, 1] in channels_last order; floating images pass as they are (taken to be in [0, 1])."""
+    """Map uint8 images to [0, 1] in channels_last order; floating images keep their values."""
     if images.dtype == torch.uint8:
         images = images.float() / 255
     return images.contiguous(memory_format=torch.channels_last)

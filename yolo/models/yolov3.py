@@ -1,4 +1,4 @@
-"""YOLOv3 (Redmon & Farhadi 2018): Darknet-53, three heads from coarse to fine, and the decoding of their output."""
+"""YOLOv3 (Redmon & Farhadi 2018): Darknet-53, three heads from coarse to fine, and their decoding."""
 
 import math
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ MAX_LOG_SCALE = (
 class YoloV3(nn.Module):
     """The detector; 61,626,049 parameters at width 1 with 20 classes.
 
-    Per scale, `necks[i]` is the five-convolution block and `heads[i]` the 3x3 and the biased 1x1 convolution that
-    give `tx, ty, tw, th, objectness, classes`; `laterals[i]` carries scale i to the next finer one.
+    Per scale, `necks[i]` is the five-convolution block and `heads[i]` the 3x3 and the biased 1x1 convolution
+    that give `tx, ty, tw, th, objectness, classes`; `laterals[i]` carries scale i to the next finer one.
     """
 
     def __init__(self, num_classes: int, width: float = 1.0) -> None:
@@ -116,12 +116,26 @@ def decode_boxes(output: Tensor, anchors: Tensor, stride: int) -> Tensor:
     Returns:
         [B, A, H, W, 4] float32.
     """
-    raw = output[..., :4].float()
-    rows = torch.arange(raw.shape[2], device=raw.device, dtype=raw.dtype)
-    columns = torch.arange(raw.shape[3], device=raw.device, dtype=raw.dtype)
-    corners = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)
-    centres = (raw[..., :2].sigmoid() + corners) * stride
-    halves = raw[..., 2:4].clamp(max=MAX_LOG_SCALE).exp() * anchors.to(raw)[:, None, None] / 2
+    rows = torch.arange(output.shape[2], device=output.device)
+    columns = torch.arange(output.shape[3], device=output.device)
+    cells = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)
+    return place_boxes(output[..., :4].float(), anchors[:, None, None], cells, stride)
+
+
+def place_boxes(raw: Tensor, anchors: Tensor, cells: Tensor, stride: int) -> Tensor:
+    """Apply the equations of figure 2 to raw boxes, each with its own anchor and cell.
+
+    Args:
+        raw: [..., 4] `tx, ty, tw, th`.
+        anchors: [..., 2] pixels, broadcast.
+        cells: [..., 2] column and row, broadcast.
+        stride: pixels per cell.
+
+    Returns:
+        [..., 4] xyxy pixels.
+    """
+    centres = (raw[..., :2].sigmoid() + cells) * stride
+    halves = raw[..., 2:4].clamp(max=MAX_LOG_SCALE).exp() * anchors.to(raw) / 2
     return torch.cat([centres - halves, centres + halves], dim=-1)
 
 
@@ -133,7 +147,8 @@ def decode(outputs: Sequence[Tensor], anchors: Tensor) -> tuple[Tensor, Tensor, 
         anchors: [3, A, 2] pixels.
 
     Returns:
-        boxes [B, N, 4] xyxy pixels, objectness [B, N] and class probabilities [B, N, C], N over (scale, A, H, W).
+        boxes [B, N, 4] xyxy pixels, objectness [B, N] and class probabilities [B, N, C], N over (scale, A,
+        H, W).
     """
     boxes = [
         decode_boxes(output, scale_anchors, stride).flatten(1, 3)
@@ -156,8 +171,8 @@ def postprocess(
     A detection's score is objectness x class probability, for its likeliest class.
 
     Returns:
-        Per image, sorted by score: `boxes` [K, 4] xyxy pixels of the network input, `scores` [K], `labels` [K], and
-        `index` [K], the place of each among the N predictions of `decode`; K <= `max_detections`.
+        Per image, sorted by score: `boxes` [K, 4] xyxy pixels of the network input, `scores` [K], `labels`
+        [K], and `index` [K], the place of each among the N predictions of `decode`; K <= `max_detections`.
     """
     boxes, objectness, class_probs = decode(outputs, anchors)
     class_probs, labels = class_probs.max(-1)
