@@ -49,7 +49,7 @@ class DataConfig:
     split: str = "test"
     """What to evaluate on, as in `2007:test`."""
     classes: str = "auto"
-    """`voc` (the official twenty in their order), `auto` (found in the training split, sorted), or a comma list."""
+    """`voc` (the official twenty in their order), `auto` (those in the training split, sorted), or a list."""
     skip_bad: bool = False
     """Leave out unreadable images and broken boxes, and print what was left out, instead of stopping."""
     download: bool = False
@@ -123,7 +123,7 @@ class ScheduleConfig:
     max_steps: int | None = None
     """End after this many optimizer steps; the schedule stays as planned."""
     batch_size: int | Literal["auto"] = 16
-    """Global batch of one optimizer step; ranks x grad_accum_steps must divide it. `auto`: the largest that fits."""
+    """Global batch of one optimizer step; ranks x grad_accum_steps divide it. `auto`: the largest that fits."""
     grad_accum_steps: int = 1
     """Micro-batches per optimizer step."""
     img_sizes: Sizes = (416,)
@@ -255,7 +255,7 @@ class Config(
     def from_dict(cls, values: dict[str, Any]) -> "Config":
         """Rebuild a configuration that `to_dict` stored; keys that this version does not know are ignored."""
         known = {field.name for field in dataclasses.fields(cls)}
-        pairs = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        pairs: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         return cls(**{key: value for key, value in pairs.items() if key in known})
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -151,7 +151,7 @@ class State:
     """Everything that changes while training, and therefore everything that a checkpoint holds."""
 
     network: nn.Module  # the bare network: its weights are what is saved
-    model: nn.Module  # the same, as Fabric wrapped it
+    model: Any  # the same, as Fabric wrapped it
     optimizer: Any
     ema: Ema
     scaler: torch.amp.GradScaler | None
@@ -199,13 +199,13 @@ def make_state(fabric: Fabric, scaler: torch.amp.GradScaler | None, cfg: Config,
     network = task.model
     if cfg.sync_batchnorm and fabric.world_size > 1:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    network = network.to(fabric.device, memory_format=torch.channels_last)
+    network = network.to(fabric.device).to(memory_format=torch.channels_last)
     task.criterion.to(fabric.device)
     ema = Ema(network, cfg.ema_decay)
     optimizer = make_optimizer(
         network, cfg, fused=scaler is None
     )  # fused Adam does not let us clip under a scaler
-    runnable = torch.compile(network, dynamic=False) if cfg.compile else network
+    runnable: Any = torch.compile(network, dynamic=False) if cfg.compile else network
     model, optimizer = fabric.setup(runnable, optimizer)
     zero = torch.zeros((), dtype=torch.int64, device=fabric.device)
     return State(network, model, optimizer, ema, scaler, bad_steps=zero)
@@ -233,7 +233,7 @@ def train_step(
     cfg = task.config
     images_on_device = [images.to(fabric.device, non_blocking=True) for images, _ in micro_batches]
     assigned = [task.assign(targets, images.shape[-1]) for images, targets in micro_batches]
-    counts = fabric.all_reduce(torch.stack([task.count(part) for part in assigned]).sum(0), reduce_op="sum")
+    counts = sum_over_ranks(fabric, torch.stack([task.count(part) for part in assigned]).sum(0))
     finite = torch.ones((), dtype=torch.bool, device=fabric.device)
     for i, images in enumerate(images_on_device):
         with fabric.no_backward_sync(state.model, enabled=i + 1 < len(micro_batches)):
@@ -293,8 +293,8 @@ def train_one_epoch(
     except torch.OutOfMemoryError:
         raise UserError(
             f"out of GPU memory at --img-sizes {max(cfg.img_sizes)} with --batch-size {cfg.batch_size}: "
-            "double --grad-accum-steps (the same batch in smaller parts), lower --batch-size, or drop the largest "
-            "of --img-sizes"
+            "double --grad-accum-steps (the same batch in smaller parts), lower --batch-size, or drop the "
+            "largest of --img-sizes"
         ) from None
     finally:
         meter.close()
@@ -337,7 +337,7 @@ class Meter:
         """
         state = self.state
         sums = torch.stack([*state.loss_sums.values(), state.bad_steps.double()])
-        *losses, bad_steps = self.fabric.all_reduce(sums, reduce_op="sum").tolist()  # waits for the device
+        *losses, bad_steps = sum_over_ranks(self.fabric, sums).tolist()  # waits for the device
         if bad_steps >= MAX_BAD_STEPS:
             raise UserError(
                 f"the loss has not been finite for {MAX_BAD_STEPS} steps (step {state.step}); go on from the "
@@ -452,6 +452,11 @@ def evaluate(
     return fabric.broadcast(results)
 
 
+def sum_over_ranks(fabric: Fabric, values: Tensor) -> Tensor:
+    """Return the sum of every rank's tensor, on every rank."""
+    return cast(Tensor, fabric.all_reduce(values, reduce_op="sum"))
+
+
 def gather(fabric: Fabric, value: Any) -> list[Any]:
     """Return every rank's picklable value, in the order of ranks, on every rank."""
     if fabric.world_size == 1:
@@ -473,7 +478,7 @@ def agreed_reason(fabric: Fabric, stop: StopRequest) -> str | None:
 
 
 @cache
-def _cpu_group() -> dist.ProcessGroup:
+def _cpu_group() -> Any:
     return dist.new_group(backend="gloo")
 
 

@@ -145,7 +145,7 @@ class YoloLoss(nn.Module):
 
     Per scale and global batch: box = mean squared error of (sigmoid(tx), sigmoid(ty), tw, th); object =
     binary cross-entropy of the logit with the detached IoU (or 1) as target; no_object = binary cross-entropy
-    on empty cells; class = softmax cross-entropy. Calling it twice gives the same values: nothing is changed in place.
+    on empty cells; class = softmax cross-entropy. Nothing is changed in place.
     """
 
     anchors: Tensor

@@ -79,8 +79,8 @@ class Run:
         torch.set_rng_state(content["rng"]["torch"])
         if content["threads"] != torch.get_num_threads():
             self.say(
-                f"note: the run used {content['threads']} threads, now {torch.get_num_threads()}: results may "
-                "differ in the last bits (OMP_NUM_THREADS sets them)"
+                f"note: the run used {content['threads']} threads, now {torch.get_num_threads()}: results may"
+                " differ in the last bits (OMP_NUM_THREADS sets them)"
             )
         self.say(f"resumed from {path}: epoch {state.epoch}, step {state.step} of {len(self.schedule)}")
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,7 @@ from yolo.models.darknet import ConvBnAct, Darknet53, images_to_float, scaled
 STRIDES = (32, 16, 8)  # coarse to fine, as in the paper and in Darknet
 ANCHORS_PER_SCALE = 3
 OBJECTNESS_PRIOR = 0.01
-MAX_LOG_SCALE = (
-    6.0  # exp of more than this times an anchor is wider than any image: keeps the decoded box finite
-)
+MAX_LOG_SCALE = 6.0  # exp(6) anchors are wider than any image: keeps a decoded box finite
 
 
 class YoloV3(nn.Module):
@@ -77,8 +76,9 @@ class YoloV3(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, a=0.1, mode="fan_out", nonlinearity="leaky_relu")
         for head in self.heads:
-            last = head[-1]
+            last = cast(nn.Conv2d, cast(nn.Sequential, head)[-1])
             nn.init.normal_(last.weight, std=0.01)
+            assert last.bias is not None
             nn.init.zeros_(last.bias)
             with torch.no_grad():
                 objectness = last.bias.view(ANCHORS_PER_SCALE, -1)[:, 4]
