@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: "errors atomic config cli boxes schedule stopping provenance run_folder",
-    1: "models data metrics ema plots explain logbook",
+    1: "models data metrics ema plots figures explain logbook",
     2: "loss",
     3: "tasks doctor",
     4: "checkpoint mirror export run",

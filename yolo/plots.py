@@ -1,15 +1,10 @@
-"""Pictures: boxes on images, training curves, figures of an evaluation. Nothing here needs a display."""
+"""Boxes and class names drawn on images."""
 
 import colorsys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
-from matplotlib.figure import Figure
-
-from yolo.atomic import replacing
 
 _GOLDEN_RATIO = 0.618034  # steps of the hue that stay far apart for any number of classes
 
@@ -61,39 +56,3 @@ def _draw_box(canvas: np.ndarray, box: np.ndarray, text: str, color: tuple[int, 
     ink = (0, 0, 0) if np.dot(color, (0.299, 0.587, 0.114)) > 140 else (255, 255, 255)
     baseline = (left + 2, tag_top + text_height + 1)
     cv2.putText(canvas, text, baseline, cv2.FONT_HERSHEY_SIMPLEX, font_scale, ink, 1, cv2.LINE_AA)
-
-
-def plot_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw what a run logged over its optimizer steps: loss terms, learning rate, and each test's numbers.
-
-    Args:
-        metrics: the lines of `metrics.jsonl`.
-        path: PNG to write.
-    """
-    train = [line for line in metrics if line["kind"] == "train"]
-    tests = [line for line in metrics if line["kind"] == "evaluation"]
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
-    losses, rates, scores = figure.subplots(1, 3)
-    terms = [name for name in ("loss", "box", "object", "no_object", "class") if train and name in train[0]]
-    for name in terms:
-        losses.plot(*_series(train, name), label=name, linewidth=2 if name == "loss" else 1)
-    rates.plot(*_series(train, "lr"), label="learning rate")
-    for name in ("class_accuracy", "no_object_accuracy", "object_accuracy", "accuracy", "map_50"):
-        steps, values = _series(tests, name)
-        if steps:
-            scores.plot(steps, values, label=name, marker="o", markersize=3)
-    losses.set(title="training loss", yscale="log")
-    rates.set(title="learning rate")
-    scores.set(title="test", ylim=(0, 1.02))
-    for axes in (losses, rates, scores):
-        axes.set_xlabel("optimizer step")
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-
-
-def _series(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-    return [step for step, _ in points], [value for _, value in points]

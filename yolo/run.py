@@ -16,8 +16,8 @@ from yolo.atomic import replacing
 from yolo.checkpoint import FORMAT_VERSION, CheckpointWriter, load_checkpoint, load_latest
 from yolo.config import Config
 from yolo.errors import UserError
+from yolo.figures import plot_curves
 from yolo.logbook import Logbook, duration, read_metrics, summary_lines
-from yolo.plots import plot_curves
 from yolo.provenance import provenance
 from yolo.run_folder import RunFolder
 from yolo.schedule import Schedule, check_resume, plot_schedule, read_schedule, write_schedule
