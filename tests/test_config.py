@@ -1,0 +1,151 @@
+"""Flags and YAML: what is refused, and how it is said."""
+
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from yolo import cli
+from yolo.config import Config, anchor_sizes, parse_interval
+from yolo.errors import UsageError
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(Config):
+    config: str | None = None
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_flags_go_over_the_yaml_file(tmp_path):
+    file = write(tmp_path / "c.yaml", "img_sizes: [192, 224]\nmax_lr: 2e-3\nskip_bad: true\nepochs: 3\n")
+    args = cli.parse(Args, ["--epochs", "5", "--no-skip-bad"], "", file)
+    assert (args.img_sizes, args.max_lr, args.epochs, args.skip_bad) == ((192, 224), 2e-3, 5, False)
+
+
+def test_sizes_are_a_comma_list():
+    assert cli.parse(Args, ["--img-sizes", "320,416,512"], "").img_sizes == (320, 416, 512)
+
+
+def test_a_stored_configuration_reads_back_the_same(tmp_path):
+    config = Config(img_sizes=(320, 416), max_steps=7, batch_size="auto", data_root="a b", skip_bad=True)
+    file = write(tmp_path / "config.yaml", yaml.safe_dump(config.to_dict()))
+    assert Config.from_dict(cli.parse(Args, [], "", file).to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("epohcs: 3", "did you mean 'epochs'"),
+        ("epochs: many", "'epochs: many'"),
+        ("img_sizes: [300]", "multiples of 32"),
+        ("- a list", "key: value"),
+        ("a: [", "line 2: is not valid YAML"),
+    ],
+)
+def test_a_bad_yaml_file_is_one_clear_line(tmp_path, text, expected):
+    file = write(tmp_path / "bad.yaml", text + "\n")
+    with pytest.raises(UsageError, match=r".") as error:
+        cli.parse(Args, [], "", file)
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_yaml_file_is_named(tmp_path):
+    with pytest.raises(UsageError, match=r"nowhere\.yaml"):
+        cli.parse(Args, [], "", tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("values", "flag"),
+    [
+        ({"img_sizes": (300,)}, "--img-sizes"),
+        ({"img_sizes": ()}, "--img-sizes"),
+        ({"test_size": 100}, "--test-size"),
+        ({"mosaic_prob": 1.5}, "--mosaic-prob"),
+        ({"epochs": 0}, "--epochs"),
+        ({"max_steps": -1}, "--max-steps"),
+        ({"batch_size": 0}, "--batch-size"),
+        ({"max_lr": 0.0}, "--max-lr"),
+        ({"width": -1.0}, "--width"),
+        ({"anchors": "1,2,3"}, "--anchors"),
+        ({"save_every": "soon"}, "soon"),
+    ],
+)
+def test_values_that_cannot_work_are_refused_by_their_flag(values, flag):
+    with pytest.raises(UsageError) as error:
+        Config(**values)
+    assert flag in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "test_size"), [((320, 416, 512), 416), ((192, 224, 256), 224), ((512,), 512), ((320, 352), 352)]
+)
+def test_the_test_size_is_416_or_the_middle_one(sizes, test_size):
+    assert Config(img_sizes=sizes).resolved_test_size == test_size
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("500", (500, None)),
+        ("90s", (None, 90)),
+        ("10m", (None, 600)),
+        ("2h45m", (None, 9900)),
+        ("1.5h", (None, 5400)),
+    ],
+)
+def test_intervals_are_steps_or_times(text, expected):
+    assert parse_interval(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "0", "10x", "m", "-5", "2h45"])
+def test_bad_intervals_are_refused(text):
+    with pytest.raises(UsageError):
+        parse_interval(text)
+
+
+def test_anchors_are_coco_auto_or_18_numbers():
+    assert len(anchor_sizes("coco") or ()) == 18
+    assert anchor_sizes("auto") is None
+    assert anchor_sizes(",".join(map(str, range(1, 19)))) == tuple(range(1, 19))
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_configuration_of_the_repository_parses(file):
+    assert cli.parse(Args, [], "", file).to_dict()
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "gradcam.py", "app.py"])
+def test_help_answers_without_importing_torch(script):
+    if not (ROOT / script).exists():
+        pytest.skip(f"{script} is not there yet")
+    code = (
+        "import sys, runpy\n"
+        f"sys.argv = ['{script}', '--help']\n"
+        "try:\n"
+        f"    runpy.run_path('{script}', run_name='__main__')\n"
+        "finally:\n"
+        "    assert 'torch' not in sys.modules\n"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--" in done.stdout
+    print(f"{script} --help: {time.perf_counter() - start:.2f} s")
+
+
+def test_a_misspelled_flag_names_the_nearest_and_exits_2(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.parse(Args, ["--img-size", "320"], "")
+    assert end.value.code == 2
+    assert "--img-sizes" in capsys.readouterr().err
