@@ -8,10 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import cv2
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
+from torchvision.utils import make_grid
 
 from yolo.boxes import boxes_from_letterbox
 from yolo.config import Config, anchor_sizes
@@ -25,6 +28,10 @@ from yolo.metrics.cell_accuracy import CellAccuracy
 from yolo.metrics.classification import ClassificationMetrics
 from yolo.models.resnet import ResNet
 from yolo.models.yolov3 import STRIDES, YoloV3, make_anchors, postprocess
+from yolo.plots import draw_boxes
+
+PICTURES = 8  # in TensorBoard
+SHOWN_SCORE = 0.3
 
 
 class Criterion(Protocol):
@@ -60,6 +67,7 @@ class Test:
     samples: Dataset
     collate: Callable
     metrics: Callable[[bool], Metrics]  # (with everything that is slow?) -> a fresh accumulator
+    picture: Callable[[Callable[[Tensor], Any]], np.ndarray]  # (runs the model) -> RGB picture of predictions
 
 
 @dataclass(frozen=True)
@@ -115,13 +123,7 @@ class DetectionEvaluation:
         self.cells.update(outputs, _assign(self.config, targets, self.anchors, img_size))
         if self.detections is None:
             return
-        found = postprocess(
-            outputs,
-            self.anchors,
-            score_threshold=self.config.score_threshold,
-            iou_threshold=self.config.iou_threshold,
-            max_detections=self.config.max_detections,
-        )
+        found = _postprocess(self.config, outputs, self.anchors, self.config.score_threshold)
         for detection, target in zip(found, targets, strict=True):
             detection["boxes"] = boxes_from_letterbox(
                 detection["boxes"], target["letterbox"], target["height"], target["width"]
@@ -188,6 +190,7 @@ def _detection_test(config: Config, test_set: Any, anchors: Tensor) -> Test:
         samples=TestSamples(test_set, config.resolved_test_size),
         collate=plain_collate,
         metrics=lambda full: DetectionEvaluation(config, anchors, test_set, with_map=full),
+        picture=lambda predict: _draw_detections(config, anchors, test_set, predict),
     )
 
 
@@ -216,7 +219,59 @@ def _classification_test(config: Config, test_set: Any) -> Test:
         samples=classification.TestImages(test_set),
         collate=classification.collate_images,
         metrics=lambda full: ClassificationMetrics(test_set.class_names),
+        picture=lambda predict: _draw_classes(test_set, predict),
     )
+
+
+def _postprocess(
+    config: Config, outputs: Any, anchors: Tensor, score_threshold: float
+) -> list[dict[str, Tensor]]:
+    return postprocess(
+        outputs,
+        anchors.to(outputs[0].device),
+        score_threshold=score_threshold,
+        iou_threshold=config.iou_threshold,
+        max_detections=config.max_detections,
+    )
+
+
+def _draw_detections(
+    config: Config, anchors: Tensor, test_set: Any, predict: Callable[[Tensor], Any]
+) -> np.ndarray:
+    """Draw the first test images with what the model finds in them."""
+    samples = TestSamples(test_set, config.resolved_test_size)
+    images, _ = plain_collate([samples[i] for i in range(min(PICTURES, len(test_set)))])
+    found = _postprocess(config, predict(images), anchors, SHOWN_SCORE)
+    drawn = [
+        draw_boxes(
+            image.permute(1, 2, 0).numpy(),
+            detection["boxes"].cpu().numpy(),
+            detection["labels"].tolist(),
+            test_set.class_names,
+            detection["scores"].tolist(),
+        )
+        for image, detection in zip(images, found, strict=True)
+    ]
+    return _tile(drawn)
+
+
+def _draw_classes(test_set: Any, predict: Callable[[Tensor], Any]) -> np.ndarray:
+    """Show the first test images, framed green where the model is right and red where it is wrong."""
+    samples = classification.TestImages(test_set)
+    images, labels = classification.collate_images([samples[i] for i in range(min(PICTURES, len(test_set)))])
+    right = (predict(images).argmax(-1).cpu() == labels).tolist()
+    frames = [(40, 170, 80) if hit else (220, 50, 50) for hit in right]
+    return _tile(
+        [
+            cv2.copyMakeBorder(image.permute(1, 2, 0).numpy(), 3, 3, 3, 3, cv2.BORDER_CONSTANT, value=color)
+            for image, color in zip(images, frames, strict=True)
+        ]
+    )
+
+
+def _tile(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    grid = make_grid([torch.from_numpy(picture).permute(2, 0, 1) for picture in pictures], nrow=4, padding=2)
+    return grid.permute(1, 2, 0).numpy()
 
 
 def _assign(config: Config, targets: Any, anchors: Tensor, img_size: int) -> list[ScaleTargets]:
