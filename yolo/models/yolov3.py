@@ -14,6 +14,7 @@ from yolo.models.darknet import ConvBnAct, Darknet53, images_to_float, scaled
 STRIDES = (32, 16, 8)  # coarse to fine, as in the paper and in Darknet
 ANCHORS_PER_SCALE = 3
 OBJECTNESS_PRIOR = 0.01
+MAX_CANDIDATES = 2000  # per image: an untrained network may fire in every cell, and NMS is quadratic
 MAX_LOG_SCALE = 6.0  # exp(6) anchors are wider than any image: keeps a decoded box finite
 
 
@@ -177,19 +178,25 @@ def postprocess(
     boxes, objectness, class_probs = decode(outputs, anchors)
     class_probs, labels = class_probs.max(-1)
     scores = objectness * class_probs
-    image, index = (scores >= score_threshold).nonzero(as_tuple=True)
-    groups = image * (int(labels.max()) + 1 if labels.numel() else 1) + labels[image, index]
-    kept = batched_nms(boxes[image, index], scores[image, index], groups, iou_threshold)
-    image, index = image[kept], index[kept]  # batched_nms sorts by score
     detections = []
-    for i in range(len(boxes)):
-        of_image = index[image == i][:max_detections]
+    for image in zip(boxes, scores, labels, strict=True):
+        kept = _suppress(*image, score_threshold, iou_threshold)[:max_detections]
         detections.append(
-            {
-                "boxes": boxes[i, of_image],
-                "scores": scores[i, of_image],
-                "labels": labels[i, of_image],
-                "index": of_image,
-            }
+            dict(zip(("boxes", "scores", "labels"), (part[kept] for part in image), strict=True))
         )
+        detections[-1]["index"] = kept
     return detections
+
+
+def _suppress(
+    boxes: Tensor, scores: Tensor, labels: Tensor, score_threshold: float, iou_threshold: float
+) -> Tensor:
+    """Return the places of what NMS keeps of one image, by falling score.
+
+    Image by image, because torchvision tells groups apart by moving them away from each other: over a whole
+    batch that would cost the last bits of the coordinates, and images would depend on their neighbours.
+    """
+    candidates = (scores >= score_threshold).nonzero()[:, 0]
+    order = scores[candidates].argsort(descending=True, stable=True)[:MAX_CANDIDATES]
+    candidates = candidates[order]
+    return candidates[batched_nms(boxes[candidates], scores[candidates], labels[candidates], iou_threshold)]
