@@ -97,13 +97,18 @@ def trace_detector(model: YoloV3, image: np.ndarray, size: int) -> Trace:
         The trace; its `outputs` are the model's, ready for `postprocess`.
     """
     height, width = image.shape[:2]
-    note = Annotation(np.zeros((0, 4)), np.zeros(0), np.zeros(0), height, width)
-    canvas = compose([letterbox_tile(0, note, size)], [image], [note], size).image
-    images = torch.from_numpy(canvas).permute(2, 0, 1)[None]
+    images = to_canvas(image, size)
     model = _frozen(model)
     with torch.no_grad():
         neck_inputs, outputs = model.trace(images.to(next(model.parameters()).device))
     return Trace(model, images, neck_inputs, outputs, letterbox(height, width, size), height, width)
+
+
+def to_canvas(image: np.ndarray, size: int) -> Tensor:
+    """Letterbox an image [H, W, 3] uint8 as a test does; return [1, 3, S, S] uint8."""
+    note = Annotation(np.zeros((0, 4)), np.zeros(0), np.zeros(0), *image.shape[:2])
+    canvas = compose([letterbox_tile(0, note, size)], [image], [note], size).image
+    return torch.from_numpy(canvas).permute(2, 0, 1)[None]
 
 
 def explain_detections(
@@ -222,14 +227,19 @@ def explain_classification(
     _check(layer, CLASSIFIER_LAYERS, "layer")
     names = CLASSIFIER_LAYERS[1:-1] if layer == "fused" else ["layer3" if layer == "auto" else layer]
     frozen = _frozen(model)
-    pixels = torch.from_numpy(to_32(image)).permute(2, 0, 1)[None].to(next(frozen.parameters()).device)
-    with torch.no_grad():
-        score = float(frozen(pixels).softmax(1)[0, label])
+    score = float(classify(frozen, image)[label])
     layers = [getattr(frozen, name) for name in names]
-    heat = _run_library(method, frozen, layers, pixels.float() / 255, [ClassifierOutputTarget(label)])[0]
+    pixels = _pixels_32(frozen, image).float() / 255
+    heat = _run_library(method, frozen, layers, pixels, [ClassifierOutputTarget(label)])[0]
     is_zero = not heat.max() > ZERO
     heat = np.zeros_like(heat) if is_zero else cv2.resize(heat, image.shape[1::-1])
     return Explanation(heat, is_zero, method, "class", " + ".join(names), label, score)
+
+
+def classify(model: ResNet, image: np.ndarray) -> Tensor:
+    """Return the probability of each class [C] for an image [H, W, 3] uint8 RGB of any shape."""
+    with torch.no_grad():
+        return model(_pixels_32(model, image)).softmax(1)[0]
 
 
 def cell_of(index: int, outputs: Sequence[Tensor]) -> Cell:
@@ -358,6 +368,10 @@ def _frozen(model: Module) -> Module:
     }
     shared |= {id(buffer): buffer for buffer in model.buffers()}
     return copy.deepcopy(model, shared).eval()
+
+
+def _pixels_32(model: ResNet, image: np.ndarray) -> Tensor:
+    return torch.from_numpy(to_32(image)).permute(2, 0, 1)[None].to(next(model.parameters()).device)
 
 
 def _cell_value(label: int, target: str) -> Value:

@@ -1,0 +1,257 @@
+"""Show why a model says what it says, or measure how far such explanations can be trusted.
+
+python gradcam.py --images photo.jpg                                  # the most confident box, as gradcam.png
+python gradcam.py --images 'photos/*.jpg' --box all --output maps     # every box of every picture
+python gradcam.py --images photo.jpg --method gradcam,layercam,eigencam --target object
+python gradcam.py --images photo.jpg --class-name 7                   # the whole picture's map of a class
+python gradcam.py --images photo.jpg --class-name 7 --missed 40,52,75,90     # the cell of a missed object
+python gradcam.py --evaluate --num-images 100                         # pointing game, deletion, insertion
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from yolo import cli
+from yolo.atomic import replacing
+from yolo.config import Floats
+from yolo.errors import UsageError, UserError
+
+if TYPE_CHECKING:
+    from yolo.checkpoint import LoadedWeights
+    from yolo.logbook import Progress
+    from yolo.panels import Question
+
+BUNDLED = Path(__file__).parent / "weights" / "digits_yolov3.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradcamArgs:
+    """What to explain, and how."""
+
+    checkpoint: str | None = None
+    """A `.ckpt` or `.safetensors` file, detector or classifier. Default: the bundled digits detector."""
+    images: str | None = None
+    """A picture, a folder of pictures, or a glob in quotes."""
+    output: str | None = None
+    """PNG for one picture, folder for several and for --evaluate. Default: `gradcam.png` or `gradcam/`."""
+    method: str = "gradcam"
+    """gradcam, gradcam++, xgradcam, hirescam, layercam, eigencam; several with commas for side by side."""
+    target: Literal["class", "object", "score"] = "class"
+    """What is differentiated: the class's logit, the objectness logit, or the log of the score."""
+    box: int | Literal["all"] = 0
+    """Which detection, counted from the most confident, 0."""
+    layer: str = "auto"
+    """auto or fused; a detector also has stride32, stride16, stride8, a classifier layer1, layer2, layer3."""
+    class_name: str | None = None
+    """Explain this class: over the whole picture, or of the object that --missed names."""
+    missed: Annotated[Floats, tyro.conf.arg(metavar="LEFT,TOP,RIGHT,BOTTOM")] = ()
+    """Box in pixels of an object that was not found: explain the cell responsible for it."""
+    score_threshold: float = 0.3
+    """Lowest score of a detection."""
+    opacity: float = 0.6
+    """Of the hottest pixel."""
+    evaluate: bool = False
+    """Measure the maps on a test split: pointing game, energy, deletion, insertion, re-initialised head."""
+    num_images: int = 50
+    """With --evaluate: so many images, drawn at random. Each map costs 23 forward passes."""
+    data_root: str | None = None
+    """With --evaluate: folder of the data set, if not that of the training."""
+    split: str | None = None
+    """With --evaluate: the split, if not the test split of the training."""
+    seed: int = 0
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be explained."""
+        if not self.evaluate and self.images is None:
+            raise UsageError("nothing to explain: give --images PATH|DIR|GLOB, or --evaluate")
+        if self.missed and (len(self.missed) != 4 or self.class_name is None):
+            raise UsageError("--missed: want left,top,right,bottom in pixels, and --class-name of the object")
+        if isinstance(self.box, int) and self.box < 0:
+            raise UsageError(f"--box {self.box}: detections are counted from 0; `all` explains every one")
+        if not 0 <= self.opacity <= 1 or not 0 <= self.score_threshold <= 1:
+            raise UsageError("--opacity and --score-threshold must lie between 0 and 1")
+        if self.num_images < 1:
+            raise UsageError(f"--num-images {self.num_images}: must be positive")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, load, explain or measure; return the exit code."""
+    args = cli.parse(GradcamArgs, argv, __doc__ or "")
+    if args.checkpoint is None and not BUNDLED.exists():
+        raise UsageError(
+            f"--checkpoint: name one; {BUNDLED} is not there (`python train.py` makes a detector)"
+        )
+
+    import torch
+
+    from yolo.checkpoint import load_weights
+
+    if args.accelerator == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--accelerator cuda: no CUDA device is visible to torch")
+    loaded = load_weights(Path(args.checkpoint) if args.checkpoint else BUNDLED)
+    loaded.model.to("cuda" if torch.cuda.is_available() and args.accelerator != "cpu" else "cpu")
+    return evaluate(args, loaded) if args.evaluate else explain_pictures(args, loaded)
+
+
+def explain_pictures(args: GradcamArgs, loaded: "LoadedWeights") -> int:
+    """Write one PNG per picture; a picture that fails costs a line, not the others."""
+    from yolo import panels
+    from yolo.data.dataset import read_rgb
+    from yolo.data.pictures import list_pictures
+
+    question = make_question(args, loaded)
+    make_panels = panels.detector_panels if loaded.task == "detection" else panels.classifier_panels
+    pictures = list_pictures(args.images or "")
+    failed = 0
+    for picture, output in zip(pictures, output_paths(args.output, pictures), strict=True):
+        try:
+            shown = make_panels(loaded, read_rgb(picture), question)
+            panels.save_panels(shown, output)
+        except UsageError:
+            raise
+        except UserError as error:
+            if len(pictures) == 1:
+                raise
+            print(f"{picture}: error: {error}")
+            failed += 1
+        else:
+            said = "; ".join(panel.title.replace("\n", ", ") for panel in shown)
+            print(f"{picture}: {said} -> {output}")
+    return 1 if failed else 0
+
+
+def make_question(args: GradcamArgs, loaded: "LoadedWeights") -> "Question":
+    """Translate the flags.
+
+    Raises:
+        UsageError: if the model does not know the class, or is a classifier asked about a box.
+    """
+    from yolo.panels import Question
+
+    if args.class_name is not None and args.class_name not in loaded.class_names:
+        known = ", ".join(loaded.class_names)
+        raise UsageError(f"--class-name {args.class_name}: the model does not know it; it knows {known}")
+    if args.missed and loaded.task == "classification":
+        raise UsageError("--missed: a classifier has no boxes; give a detector as --checkpoint")
+    return Question(
+        methods=tuple(args.method.split(",")),
+        target=args.target,
+        layer=args.layer,
+        box=None if args.box == "all" else args.box,
+        label=None if args.class_name is None else loaded.class_names.index(args.class_name),
+        missed=args.missed or None,
+        score_threshold=args.score_threshold,
+        opacity=args.opacity,
+    )
+
+
+def output_paths(output: str | None, pictures: Sequence[Path]) -> list[Path]:
+    """Return where the PNG of each picture goes.
+
+    Raises:
+        UsageError: if the output of one picture is no PNG, or that of several is a file.
+    """
+    if len(pictures) == 1 and not Path(output or "gradcam.png").is_dir():
+        path = Path(output or "gradcam.png")
+        if path.suffix.lower() != ".png":
+            raise UsageError(f"--output {path}: must end in .png, or be a folder that exists")
+        return [path]
+    folder = Path(output or "gradcam")
+    if folder.is_file() or folder.suffix.lower() == ".png":
+        raise UsageError(f"--output {folder}: must be a folder, there are {len(pictures)} pictures")
+    return [folder / f"{picture.name}.png" for picture in pictures]  # a.jpg and a.png may stand side by side
+
+
+def evaluate(args: GradcamArgs, loaded: "LoadedWeights") -> int:
+    """Measure the maps of the methods, EigenCAM's and random ones: a table and explanations.json."""
+    from yolo import faithfulness
+    from yolo.logbook import Progress
+    from yolo.models.resnet import ResNet
+    from yolo.models.yolov3 import YoloV3
+    from yolo.provenance import provenance
+    from yolo.tasks import build_test
+
+    given = {name: getattr(args, name) for name in ("data_root", "split") if getattr(args, name)}
+    test = build_test(dataclasses.replace(loaded.config, **given), loaded.class_names, loaded.anchors)
+    images = faithfulness.draw_images(len(test.dataset), args.num_images, args.seed)
+    progress = Progress(len(images), "explaining", enabled=True)
+    methods = list(dict.fromkeys([*args.method.split(","), "eigencam"]))
+    subjects: Iterable[faithfulness.Subject]
+    if isinstance(loaded.model, YoloV3):
+        assert loaded.anchors is not None
+        subjects = faithfulness.detected_objects(
+            loaded.model,
+            loaded.anchors,
+            loaded.test_size,
+            test.dataset,
+            counted(images, progress),
+            target=args.target,
+            layer=args.layer,
+            score_threshold=args.score_threshold,
+            iou_threshold=loaded.config.iou_threshold,
+        )
+    else:
+        assert isinstance(loaded.model, ResNet)
+        subjects = faithfulness.classified_images(
+            loaded.model, test.dataset, counted(images, progress), layer=args.layer
+        )
+    explained, results = faithfulness.measure(subjects, methods, args.seed)
+    if not explained:
+        raise UserError(
+            f"{test.dataset.name}: the model is right on none of {len(images)} images at a score of "
+            f"{args.score_threshold}: there is nothing to explain; take more --num-images or train longer"
+        )
+    print("\n".join(measure_lines(results)))
+    content = {
+        "data": test.dataset.name,
+        "images": len(images),
+        "explained": explained,
+        **{name: getattr(args, name) for name in ("target", "layer", "score_threshold", "seed")},
+        "shares": faithfulness.SHARES.tolist(),
+        "methods": results,
+        "checkpoint": str(loaded.path),
+        "checkpoint_digest": loaded.digest,
+        **provenance(),
+    }
+    path = Path(args.output or "gradcam") / "explanations.json"
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1))
+    print(f"{explained} correct predictions in {len(images)} images of {test.dataset.name} -> {path}")
+    return 0
+
+
+def counted(images: Sequence[int], progress: "Progress") -> Iterator[int]:
+    """Yield the images and show how far they are."""
+    for done, index in enumerate(images):
+        if done and done % 10 == 0:
+            progress.note(f"{done} of {len(images)} images")
+        yield index
+        progress.update()
+    progress.close()
+
+
+def measure_lines(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Return a table: a line per method."""
+    columns = ("deletion", "insertion", "pointing", "energy", "area", "zero", "similarity_after_reset")
+    shown = [name for name in columns if any(name in measures for measures in results.values())]
+    lines = [f"{'':12}" + "".join(f"{name.removesuffix('_after_reset'):>12}" for name in shown)]
+    for method, measures in results.items():
+        values = "".join(f"{measures[name]:12.3f}" if name in measures else f"{'-':>12}" for name in shown)
+        flag = (
+            "  BLIND: the map hardly changes when the head is re-initialised" if measures.get("blind") else ""
+        )
+        lines.append(f"{method:12}{values}{flag}")
+    return lines
+
+
+if __name__ == "__main__":
+    cli.run(main)
