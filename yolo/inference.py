@@ -1,0 +1,89 @@
+"""A trained network made fast for prediction: batch normalisation folded, half precision, compiled."""
+
+import copy
+import os
+import shutil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from yolo.errors import UserError
+from yolo.models.darknet import images_to_float
+
+COMPILERS = ("g++", "clang++", "cl")  # what torch.compile looks for on Linux, macOS and Windows
+
+
+class FastModel(nn.Module):
+    """A network in another precision that takes the usual images and gives float32 outputs."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.network = network.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.dtype = dtype
+
+    def forward(self, images: Tensor) -> Any:
+        """Map images [B, 3, S, S], uint8 or float in [0, 1], to what the network gives, in float32."""
+        outputs = self.network(images_to_float(images).to(self.dtype))
+        return outputs.float() if isinstance(outputs, Tensor) else [output.float() for output in outputs]
+
+
+def make_fast(model: nn.Module, dtype: torch.dtype, *, compiled: bool = False) -> nn.Module:
+    """Return a copy of a network in eval mode for prediction alone: fused, in `dtype`, channels_last.
+
+    Args:
+        model: the trained network; left as it is.
+        dtype: of weights and activations; `fast_dtype` knows what the device computes well.
+        compiled: also torch.compile it; the first batch of each new image size waits for that.
+
+    Raises:
+        UserError: if `compiled` and there is no C++ compiler.
+    """
+    fast = FastModel(fuse(model), dtype).eval()
+    if not compiled:
+        return fast
+    require_compiler()
+    return torch.compile(fast, dynamic=False)  # type: ignore[return-value]
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """Return half precision for GPUs, bfloat16 for CPUs that multiply it natively, else float32."""
+    if device.type == "cpu":
+        return torch.bfloat16 if cpu_computes_bf16() else torch.float32
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def cpu_computes_bf16() -> bool:
+    """Return whether this CPU has bfloat16 instructions; without them it is slower than float32."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """Return a copy in eval mode in which each convolution has absorbed the batch normalisation behind it."""
+    model = copy.deepcopy(model).eval()
+    for module in model.modules():
+        if isinstance(module, nn.Sequential):
+            _fuse_pairs(module)
+    return model
+
+
+def _fuse_pairs(layers: nn.Sequential) -> None:
+    for i in range(len(layers) - 1):
+        conv, norm = layers[i], layers[i + 1]
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            layers[i] = fuse_conv_bn_eval(conv, norm)
+            layers[i + 1] = nn.Identity()
+
+
+def require_compiler() -> None:
+    """Stop with what to do if torch.compile would fail for want of a C++ compiler.
+
+    Raises:
+        UserError: if there is none.
+    """
+    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
+    if not any(shutil.which(name) for name in wanted):
+        names = " or ".join(wanted)
+        raise UserError(f"--compile needs a C++ compiler ({names}): install one, or leave the flag out")
