@@ -8,7 +8,6 @@ python train.py --check-data               # count, check and draw the data, and
 torchrun --nproc_per_node=4 train.py --config configs/voc.yaml
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,15 +49,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, assemble, train; return the exit code."""
     words = cli.command_line(argv)
     config_file = cli.value_of("--config", words) or DEFAULT_CONFIG
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    resume = cli.value_of("--resume", words) or ("auto" if restarted else None)
-    folder, source = find_run_folder(Path(config_file).stem, cli.value_of("--out-dir", words), resume)
-    stored = folder.config if resume and folder.config.exists() else None  # a resumed run keeps its settings
+    name, out_dir = Path(config_file).stem, cli.value_of("--out-dir", words)
+    resume, mirror_url = cli.value_of("--resume", words), cli.value_of("--mirror", words)
+    if resume == "auto" and mirror_url:
+        from yolo.mirror import bring_back
+
+        bring_back(mirror_url, name, out_dir)
+    folder, source, resuming = find_run_folder(name, out_dir, resume)
+    stored = (
+        folder.config if resuming and folder.config.exists() else None
+    )  # a resumed run keeps its settings
     args = cli.parse(TrainArgs, words, __doc__ or "", stored or config_file)
     cfg = Config.from_dict(args.to_dict())
 
     # torch takes seconds to import: not before the arguments are known to be right
-    from yolo import engine
+    from yolo import engine, tuning
+    from yolo.checkpoint import find_newest
+    from yolo.mirror import Mirror
     from yolo.run import Run
     from yolo.stopping import EXIT_CODES, StopRequest
     from yolo.tasks import build_task
@@ -66,28 +73,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = StopRequest(None if args.max_time is None else parse_interval(args.max_time)[1])
     fabric, scaler = engine.make_fabric(cfg)
     folder = fabric.broadcast(folder)
+    fabric.seed_everything(cfg.seed, verbose=False)
     task = build_task(cfg)
+    task = tuning.settle(fabric, scaler, task, folder.path, cli.read_yaml(stored) if stored else {})
+    if args.find_lr:
+        tuning.find_max_lr(fabric, scaler, task, folder.path)
+        return 0
+    cfg = task.config
     sampler = engine.make_sampler(fabric, cfg, len(task.train_set))
+    state = engine.make_state(fabric, scaler, cfg, task)
     run = Run(
-        folder, task, engine.plan(fabric, cfg, task, sampler), writes=fabric.is_global_zero, say=fabric.print
+        folder,
+        task,
+        engine.plan(fabric, cfg, task, sampler),
+        state,
+        writes=fabric.is_global_zero,
+        say=fabric.print,
+        mirror=Mirror(args.mirror, folder.path.name) if args.mirror and fabric.is_global_zero else None,
     )
     if args.plan_only:
         run.write_plan()
         return 0
 
-    fabric.seed_everything(cfg.seed, verbose=False)
-    state = engine.make_state(fabric, scaler, cfg, task)
-    checkpoint = fabric.broadcast(run.find_checkpoint(source) if resume and fabric.is_global_zero else None)
+    checkpoint = source
+    if resuming and source is None:
+        checkpoint = fabric.broadcast(
+            find_newest(folder.checkpoints, fabric.print) if fabric.is_global_zero else None
+        )
     if checkpoint:
-        run.continue_from(checkpoint, state)
-    elif resume:
+        run.continue_from(checkpoint, may_replan=args.replan)
+    elif resuming:
         fabric.print(f"nothing to resume in {folder.path}: starting fresh")
     end = engine.end_of(cfg, run.schedule)
     if state.step >= end and folder.results.exists():
         fabric.print(f"{folder.path} is at its end (step {state.step}): see {folder.results}")
         return 0
 
-    run.start(state, world_size=fabric.world_size, resumed=bool(checkpoint))
+    run.start()
     fabric.print(engine.introduction(fabric, cfg, task, run))
     train_loader = engine.make_train_loader(fabric, cfg, task, sampler)
     test_loader = engine.make_test_loader(fabric, cfg, task.test)
@@ -106,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"stopped by {reason} at step {state.step} of {end}; continue with --resume {folder.path}"
             )
             return EXIT_CODES[reason]
-    run.finish(results, state)
+    run.finish(results)
     return 0
 
 

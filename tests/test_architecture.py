@@ -12,7 +12,7 @@ FLOORS = {
     2: "loss",
     3: "tasks doctor",
     4: "checkpoint pretrained mirror export run panels",
-    5: "engine space",
+    5: "engine space tuning",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 SCRIPTS = 6

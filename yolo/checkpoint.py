@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from yolo.atomic import replacing
 from yolo.config import Config, parse_interval
 from yolo.errors import UserError
-from yolo.run_folder import list_checkpoints
+from yolo.run_folder import list_checkpoints, step_of
 from yolo.tasks import build_model
 
 FORMAT_VERSION = 1
@@ -67,9 +67,9 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     content = {"format_version": FORMAT_VERSION, **state}
     content["digest"] = content_digest(content)
     try:
-        with replacing(path) as temporary:
-            torch.save(content, temporary)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:  # torch wraps some of the disk's errors
         raise UserError(
             f"cannot write {path} ({error}); earlier checkpoints are untouched: free some space and "
             "--resume, or continue in another --out-dir"
@@ -109,32 +109,44 @@ def content_digest(content: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def load_latest(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
-    """Load the newest readable checkpoint of a folder.
-
-    Returns:
-        Its path, its content, and one line for each newer file that was damaged; None for an empty folder.
+def find_newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """Return the newest intact checkpoint of a folder, None if there is none at all; `warn` of damaged ones.
 
     Raises:
-        UserError: if there are checkpoints and none can be read.
+        UserError: if there are checkpoints and all are damaged.
     """
-    damaged: list[str] = []
-    for path in reversed(list_checkpoints(folder)):
+    paths = list_checkpoints(folder)
+    for path in reversed(paths):
         try:
-            return path, load_checkpoint(path), damaged
+            load_checkpoint(path)
         except UserError as error:
-            damaged.append(str(error))
-    if damaged:
-        raise UserError(f"{folder}: no checkpoint can be read; the newest: {damaged[0]}")
+            warn(f"warning: {error}")
+        else:
+            return path
+    if paths:
+        raise UserError(f"{folder}: no checkpoint can be read; start anew in another --out-dir")
     return None
 
 
-def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints and the best one."""
+def prune_checkpoints(folder: Path, keep: int) -> list[Path]:
+    """Delete all but the `keep` newest checkpoints and the best one; return what was deleted."""
     best = read_best(folder)
-    for path in list_checkpoints(folder)[:-keep]:
-        if path != best:
-            path.unlink()
+    pruned = [path for path in list_checkpoints(folder)[:-keep] if path != best]
+    for path in pruned:
+        path.unlink()
+    return pruned
+
+
+def set_aside(folder: Path, step: int) -> list[Path]:
+    """Rename the checkpoints after `step` to `NAME.aside`; return the old names.
+
+    They are damaged, or of a course that was given up. Training will come to their steps again, and a
+    checkpoint never overwrites another.
+    """
+    paths = [path for path in list_checkpoints(folder) if step_of(path) > step]
+    for path in paths:
+        path.replace(path.with_name(path.name + ".aside"))
+    return paths
 
 
 def read_best(folder: Path) -> Path | None:
@@ -232,46 +244,29 @@ def _parts(value: Any) -> Iterator[bytes]:
 
 
 class CheckpointWriter:
-    """Saves the state of a run: when told to, and when `--save-every` says that it is due."""
+    """Saves a run into its `checkpoints/` folder, and knows when that is due."""
 
-    def __init__(
-        self,
-        folder: Path,
-        content: Callable[[], dict[str, Any]],
-        save_every: str,
-        keep: int | None,
-        on_saved: Callable[[Path], None] = lambda path: None,
-    ) -> None:
-        """Write what `content()` returns, which holds `epoch`, `step` and `lr`; `on_saved` hears of it."""
+    def __init__(self, folder: Path, save_every: str) -> None:
+        """Write into `folder`; `save_every` as in `--save-every`."""
         self.folder = folder
-        self.content = content
         self.every_steps, self.every_seconds = parse_interval(save_every)
-        self.keep = keep
-        self.on_saved = on_saved
         self.last_time = time.monotonic()
-        self.last_path: Path | None = None
 
-    def save_if_due(self, step: int) -> None:
-        """Save if the interval has passed since the last time."""
-        by_steps = self.every_steps is not None and step % self.every_steps == 0
-        by_time = self.every_seconds is not None and time.monotonic() - self.last_time >= self.every_seconds
-        if by_steps or by_time:
-            self.save()
+    def is_due(self, step: int) -> bool:
+        """Return whether the interval has passed since the last save."""
+        if self.every_steps is not None:
+            return step % self.every_steps == 0
+        return time.monotonic() - self.last_time >= (self.every_seconds or 0)
 
-    def save(self) -> Path:
-        """Save now, unless this very step is saved already; return the checkpoint."""
-        content = self.content()
+    def save(self, content: Mapping[str, Any]) -> Path:
+        """Save `content` (with `epoch`, `step`, `lr`) unless this step is saved already; return the path."""
         path = self.folder / checkpoint_name(content["epoch"], content["step"], content["lr"])
         if not path.exists():
             save_checkpoint(path, content)
-            self.on_saved(path)
-        self.last_time, self.last_path = time.monotonic(), path
-        if self.keep is not None:
-            prune_checkpoints(self.folder, self.keep)
+        self.last_time = time.monotonic()
         return path
 
-    def mark_best(self) -> None:
-        """Let `best.txt` name the newest checkpoint."""
-        if self.last_path is not None:
-            with replacing(self.folder / BEST_FILE) as temporary:
-                temporary.write_text(self.last_path.name + "\n")
+    def mark_best(self, path: Path) -> None:
+        """Let `best.txt` name a checkpoint."""
+        with replacing(self.folder / BEST_FILE) as temporary:
+            temporary.write_text(path.name + "\n")

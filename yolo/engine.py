@@ -1,12 +1,13 @@
 """The Fabric loop: one optimizer step after another, for any task, on any number of processes."""
 
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -150,13 +151,15 @@ def introduction(fabric: Fabric, cfg: Config, task: Task, run: Run) -> str:
 class State:
     """Everything that changes while training, and therefore everything that a checkpoint holds."""
 
+    fabric: Fabric
     network: nn.Module  # the bare network: its weights are what is saved
     model: Any  # the same, as Fabric wrapped it
     optimizer: Any
     ema: Ema
     scaler: torch.amp.GradScaler | None
-    loss_sums: dict[str, Tensor] = field(default_factory=dict)  # since the last log line
-    bad_steps: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+    bad_steps: Tensor  # consecutive steps whose loss was not finite, on this rank
+    loss_sums: dict[str, Tensor] = field(default_factory=dict)  # of this rank, since the last log line
+    logged_scale: float = 1.0  # the scaler's factor at the last log line
     step: int = 0  # optimizer steps done
     epoch: int = 0
     batch: int = 0  # optimizer steps done within the epoch
@@ -164,13 +167,14 @@ class State:
     best_score: float = -1.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain types only."""
+        """Return tensors and plain types only. Every rank has to call it: each adds its own loss sums."""
         return {
             "model": self.network.state_dict(),
             "ema": self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
-            "loss_sums": dict(self.loss_sums),
+            "loss_sums": gather(self.fabric, {name: float(value) for name, value in self.loss_sums.items()}),
+            "logged_scale": self.logged_scale,
             "step": self.step,
             "epoch": self.epoch,
             "batch": self.batch,
@@ -183,15 +187,28 @@ class State:
         self.network.load_state_dict(content["model"])
         self.ema.module.load_state_dict(content["ema"])
         self.optimizer.load_state_dict(content["optimizer"])
-        device = self.bad_steps.device
-        self.loss_sums = {name: value.to(device) for name, value in content["loss_sums"].items()}
         for name in ("step", "epoch", "batch", "evaluation_due", "best_score"):
             setattr(self, name, content[name])
-        if self.scaler is not None and content["scaler"]:
-            self.scaler.load_state_dict(content["scaler"])
-        elif (self.scaler is None) != (content["scaler"] is None):
+        self.loss_sums = self._own_loss_sums(content["loss_sums"])
+        if (self.scaler is None) != (content["scaler"] is None):
             return ["the checkpoint was made in another precision: the gradient scaler starts fresh"]
+        if self.scaler is not None:
+            self.scaler.load_state_dict(content["scaler"])
+            self.logged_scale = content["logged_scale"]
         return []
+
+    def _own_loss_sums(self, by_rank: list[dict[str, float]]) -> dict[str, Tensor]:
+        rank, world_size = self.fabric.global_rank, self.fabric.world_size
+        mine = by_rank[rank::world_size]  # all of them, whatever the number of ranks was
+        device = self.bad_steps.device
+        return {
+            name: torch.tensor(sum(sums[name] for sums in mine), dtype=torch.float64, device=device)
+            for name in by_rank[0]
+        }
+
+    def is_finite(self) -> bool:
+        """Return whether all weights are finite; waits for the device."""
+        return all(bool(value.isfinite().all()) for value in self.network.parameters())
 
 
 def make_state(fabric: Fabric, scaler: torch.amp.GradScaler | None, cfg: Config, task: Task) -> State:
@@ -202,13 +219,12 @@ def make_state(fabric: Fabric, scaler: torch.amp.GradScaler | None, cfg: Config,
     network = network.to(fabric.device).to(memory_format=torch.channels_last)
     task.criterion.to(fabric.device)
     ema = Ema(network, cfg.ema_decay)
-    optimizer = make_optimizer(
-        network, cfg, fused=scaler is None
-    )  # fused Adam does not let us clip under a scaler
+    optimizer = make_optimizer(network, cfg, fused=scaler is None)  # a scaler clips only without fusing
     runnable: Any = torch.compile(network, dynamic=False) if cfg.compile else network
     model, optimizer = fabric.setup(runnable, optimizer)
     zero = torch.zeros((), dtype=torch.int64, device=fabric.device)
-    return State(network, model, optimizer, ema, scaler, bad_steps=zero)
+    scale = scaler.get_scale() if scaler else 1.0
+    return State(fabric, network, model, optimizer, ema, scaler, zero, logged_scale=scale)
 
 
 def make_optimizer(network: nn.Module, cfg: Config, *, fused: bool = False) -> torch.optim.Adam:
@@ -227,7 +243,7 @@ def optimizer_steps(loader: DataLoader, grad_accum_steps: int) -> Iterator[list[
 
 
 def train_step(
-    fabric: Fabric, state: State, task: Task, schedule: Schedule, micro_batches: Sequence[Any]
+    fabric: Fabric, state: State, task: Task, micro_batches: Sequence[Any], *, lr: float, beta1: float
 ) -> None:
     """Make one optimizer step from the micro-batches of this rank; never waits for the device."""
     cfg = task.config
@@ -243,7 +259,8 @@ def train_step(
         finite &= total.detach().isfinite()
         for name, loss in losses.items():
             state.loss_sums[name] = state.loss_sums.get(name, 0.0) + loss.detach().double()
-    set_learning_rate(state.optimizer, schedule, state.step)
+    for group in state.optimizer.param_groups:
+        group["lr"], group["betas"] = lr, (beta1, group["betas"][1])
     fabric.clip_gradients(state.model, state.optimizer, max_norm=cfg.max_norm, error_if_nonfinite=False)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
@@ -251,13 +268,6 @@ def train_step(
     state.bad_steps = torch.where(finite, 0, state.bad_steps + 1)
     state.step += 1
     state.batch += 1
-
-
-def set_learning_rate(optimizer: Any, schedule: Schedule, step: int) -> None:
-    """Read learning rate and beta1 of a step off the schedule."""
-    for group in optimizer.param_groups:
-        group["lr"] = schedule.lr[step]
-        group["betas"] = (schedule.beta1[step], group["betas"][1])
 
 
 def train_one_epoch(
@@ -273,23 +283,26 @@ def train_one_epoch(
     Raises:
         UserError: if the loss is not finite for several steps, or the GPU's memory is exhausted.
     """
-    cfg = task.config
+    cfg, schedule = task.config, run.schedule
     sampler: MultiSizeBatchSampler = loader.batch_sampler  # type: ignore[assignment]
     sampler.set_position(state.epoch, state.batch)
-    end = end_of(cfg, run.schedule)
+    end = end_of(cfg, schedule)
     meter = Meter(fabric, cfg, state, run)
     steps = meter.timed(optimizer_steps(loader, cfg.grad_accum_steps))
     try:
         for micro_batches in steps:
-            train_step(fabric, state, task, run.schedule, micro_batches)
+            lr, beta1 = schedule.lr[state.step], schedule.beta1[state.step]
+            train_step(fabric, state, task, micro_batches, lr=lr, beta1=beta1)
             meter.count(micro_batches)
             if state.step % cfg.log_every == 0 or state.step == end:
                 meter.log()
             if state.batch == len(sampler):
                 state.epoch, state.batch, state.evaluation_due = state.epoch + 1, 0, True
-            if state.step == end or agreed_reason(fabric, stop):
+            stopping, saving = agree(fabric, stop.reason is not None, run.save_is_due(state.step))
+            if state.step == end or stopping:
                 return
-            run.save_if_due(state.step)
+            if saving and not state.evaluation_due:  # else the test comes first, and a save after it
+                run.save()
     except torch.OutOfMemoryError:
         raise UserError(
             f"out of GPU memory at --img-sizes {max(cfg.img_sizes)} with --batch-size {cfg.batch_size}: "
@@ -308,7 +321,6 @@ class Meter:
         title = f"epoch {state.epoch + 1}/{cfg.epochs}"
         self.progress = Progress(run.schedule.steps_per_epoch, title, fabric.is_global_zero)
         self.progress.update(state.batch)
-        self.scale = state.scaler.get_scale() if state.scaler else 1.0
         self._restart()
 
     def timed(self, steps: Iterator[list[Any]]) -> Iterator[list[Any]]:
@@ -336,12 +348,13 @@ class Meter:
             UserError: if the loss has not been finite for `MAX_BAD_STEPS` steps, on all ranks.
         """
         state = self.state
-        sums = torch.stack([*state.loss_sums.values(), state.bad_steps.double()])
-        *losses, bad_steps = sum_over_ranks(self.fabric, sums).tolist()  # waits for the device
-        if bad_steps >= MAX_BAD_STEPS:
+        sums = torch.stack([*state.loss_sums.values(), (state.bad_steps >= MAX_BAD_STEPS).double()])
+        *losses, hopeless = sum_over_ranks(self.fabric, sums).tolist()  # waits for the device
+        if hopeless:
             raise UserError(
-                f"the loss has not been finite for {MAX_BAD_STEPS} steps (step {state.step}); go on from the "
-                "last checkpoint with a lower --max-lr (--resume auto --replan) or with --precision 32-true"
+                f"the loss has not been finite for {MAX_BAD_STEPS} steps (now step {state.step}); the last "
+                f"good checkpoint is {self.run.last_checkpoint}: go on from it with a lower --max-lr "
+                "(--resume auto --replan) or with --precision 32-true"
             )
         seconds = time.perf_counter() - self.start
         count = state.step - (state.step - 1) // self.cfg.log_every * self.cfg.log_every
@@ -374,11 +387,8 @@ class Meter:
         """Steps that the gradient scaler left out since the last line: each halves the scale."""
         if self.state.scaler is None:
             return {}
-        previous, self.scale = self.scale, self.state.scaler.get_scale()
-        skipped = 0
-        while self.scale * 2**skipped < previous:
-            skipped += 1
-        return {"skipped_steps": skipped}
+        previous, self.state.logged_scale = self.state.logged_scale, self.state.scaler.get_scale()
+        return {"skipped_steps": max(0, round(math.log2(previous / self.state.logged_scale)))}
 
     def _line(self, values: dict[str, Any], seconds: float) -> str:
         steps_left = end_of(self.cfg, self.run.schedule) - self.state.step
@@ -408,7 +418,19 @@ def evaluate_if_due(
     score = task.score(results)
     run.record_evaluation(state, results, is_best=score > state.best_score)
     state.best_score = max(score, state.best_score)
+    first_or_last = at_end or state.epoch <= cfg.eval_every
+    if fabric.is_global_zero and (state.epoch % cfg.plot_every == 0 if cfg.plot_every else first_or_last):
+        run.picture(
+            "test", task.test.picture(lambda images: predict(fabric, state.ema.module, images)), state.step
+        )
     return results
+
+
+@torch.no_grad()
+def predict(fabric: Fabric, model: nn.Module, images: Tensor) -> Any:
+    """Run a bare network on a batch in the run's precision."""
+    with fabric.autocast():
+        return model(images.to(fabric.device, non_blocking=True))
 
 
 @torch.no_grad()
@@ -431,9 +453,10 @@ def evaluate(
         loader: this rank's share, from `make_test_loader`.
         full: also compute what is slow (mAP).
         stop: lets a signal end the test early.
-        stop: lets a signal end the test early.
         description: of the progress bar.
     """
+    for buffer in model.buffers() if fabric.world_size > 1 else ():
+        dist.broadcast(buffer, 0)  # each rank averaged the batch statistics that it saw; rank 0's are saved
     metrics = test.metrics(full)
     start = time.perf_counter()
     progress = Progress(len(loader), description, fabric.is_global_zero)
@@ -441,9 +464,7 @@ def evaluate(
     for i, (images, targets) in enumerate(loader):
         if stop and i < common_batches and agreed_reason(fabric, stop):
             return None
-        with fabric.autocast():
-            outputs = model(images.to(fabric.device, non_blocking=True))
-        metrics.update(outputs, targets)
+        metrics.update(predict(fabric, model, images), targets)
         progress.update()
     progress.close()
     metrics.merge(gather(fabric, metrics.state()))
@@ -453,8 +474,10 @@ def evaluate(
 
 
 def sum_over_ranks(fabric: Fabric, values: Tensor) -> Tensor:
-    """Return the sum of every rank's tensor, on every rank."""
-    return cast(Tensor, fabric.all_reduce(values, reduce_op="sum"))
+    """Add up a tensor over all ranks, in place. Fabric's `all_reduce` would wait for the device."""
+    if fabric.world_size > 1:
+        dist.all_reduce(values)
+    return values
 
 
 def gather(fabric: Fabric, value: Any) -> list[Any]:
@@ -468,13 +491,17 @@ def gather(fabric: Fabric, value: Any) -> list[Any]:
 
 def agreed_reason(fabric: Fabric, stop: StopRequest) -> str | None:
     """Return why to stop, the same on all ranks: the first rank's reason that has one."""
+    (stopping,) = agree(fabric, stop.reason is not None)
+    return next(reason for reason in gather(fabric, stop.reason) if reason) if stopping else None
+
+
+def agree(fabric: Fabric, *flags: bool) -> list[bool]:
+    """Return each flag as true if it is true on any rank: the same answer on all of them."""
     if fabric.world_size == 1:
-        return stop.reason
-    flag = torch.tensor(int(stop.reason is not None))
-    dist.all_reduce(flag, group=_cpu_group())  # on the CPU: asking the GPU would wait for it
-    if not flag.item():
-        return None
-    return next(reason for reason in gather(fabric, stop.reason) if reason)
+        return list(flags)
+    votes = torch.tensor(flags, dtype=torch.int32)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=_cpu_group())  # asking the GPU would wait for it
+    return votes.bool().tolist()
 
 
 @cache

@@ -26,13 +26,19 @@ TIMINGS = frozenset({"seconds", "images_per_second", "data_wait_share", "peak_me
 
 
 class Logbook:
-    """Rank 0's records. On resume, all after the checkpoint's step is cut: no step is doubled."""
+    """Rank 0's records. On resume, all after the checkpoint is cut: no step is doubled."""
 
-    def __init__(self, run_dir: Path, resume_step: int | None = None) -> None:
-        """Open the records of `run_dir`; `resume_step` counts the optimizer steps done (None: new run)."""
+    def __init__(self, run_dir: Path, resume_step: int | None = None, evaluation_due: bool = False) -> None:
+        """Open the records of `run_dir`.
+
+        Args:
+            run_dir: folder of the run.
+            resume_step: number of optimizer steps done, None for a new run.
+            evaluation_due: whether the test after that step is still to come, or to be repeated.
+        """
         self.path = run_dir / "metrics.jsonl"
         if resume_step is not None:
-            _cut(self.path, resume_step)
+            _cut(self.path, resume_step, evaluation_due)
         self._file = self.path.open("a")
         purge = None if resume_step is None else resume_step + 1
         self.tensorboard = SummaryWriter(str(run_dir), purge_step=purge)
@@ -49,8 +55,13 @@ class Logbook:
         """Show an RGB uint8 image [H, W, 3] in TensorBoard."""
         self.tensorboard.add_image(name, image, step, dataformats="HWC")
 
+    def flush(self) -> None:
+        """Write what is still buffered, so that a checkpoint never knows more than the records."""
+        self._file.flush()
+        self.tensorboard.flush()
+
     def close(self) -> None:
-        """Write what is still buffered."""
+        """Write what is still buffered, and end."""
         self._file.close()
         self.tensorboard.close()
 
@@ -112,7 +123,8 @@ def summary_lines(results: dict[str, Any], rows: list[tuple[str, Any]]) -> list[
     return [f"  {title:<{width}}  {value}" for title, value in table]
 
 
-def _cut(path: Path, last_step: int) -> None:
-    kept = [line for line in read_metrics(path) if line["step"] <= last_step]
+def _cut(path: Path, last_step: int, evaluation_due: bool) -> None:
+    last = {"train": last_step, "evaluation": last_step - evaluation_due}
+    kept = [line for line in read_metrics(path) if line["step"] <= last[line["kind"]]]
     with replacing(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))

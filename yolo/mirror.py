@@ -10,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
+from filelock import FileLock
 from fsspec.spec import AbstractFileSystem
 
 from yolo.atomic import replacing
-from yolo.checkpoint import list_checkpoints, load_checkpoint, step_of
+from yolo.checkpoint import load_checkpoint
 from yolo.errors import UsageError, UserError
+from yolo.run_folder import RUNS, RunFolder, list_checkpoints, newest_unfinished, step_of
 
 LONGEST_WAIT = 60.0  # seconds between two attempts to reach a mirror that does not answer
 
@@ -126,6 +128,38 @@ class Mirror:
         if self._failed:
             self._warn(f"the mirror {self.url} takes files again")
         self._failed = False
+
+
+def bring_back(
+    url: str, config_name: str, out_dir: str | None, warn: Callable[[str], None] = warn_on_stderr
+) -> None:
+    """Before `--resume auto`: fetch what the mirror has newer of `out_dir`, or of the newest unfinished run.
+
+    Several processes of a machine may call it together: the first one fetches.
+
+    Raises:
+        UserError: if the mirror cannot be read and there is no local run to go on with.
+    """
+    local = RunFolder(Path(out_dir)) if out_dir else newest_unfinished(config_name)
+    try:
+        if out_dir:
+            run_dir = Path(out_dir)
+        else:
+            names = [local.path.name if local else None, find_run(url, config_name)]
+            newest = max(filter(None, names), default=None)
+            if newest is None:
+                return
+            run_dir = RUNS / newest
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(run_dir.with_name(f".{run_dir.name}.lock")):
+            path = fetch_run(url, run_dir.name, run_dir, warn)
+    except UserError as error:
+        if local is None or not local.holds_a_run:
+            raise
+        warn(f"warning: {error}; going on from {local.path}")
+    else:
+        if path:
+            warn(f"fetched {path.name} from {url}")
 
 
 def find_run(url: str, config_name: str) -> str | None:

@@ -1,5 +1,6 @@
 """The folder of a run: where it is, whether it may be written, and what lies in it."""
 
+import os
 import time
 from pathlib import Path
 
@@ -19,11 +20,11 @@ class RunFolder:
         self.path = path
         self.config = path / "config.yaml"
         self.schedule = path / "schedule.txt"
-        self.schedule_plot = path / "schedule.png"
         self.metrics = path / "metrics.jsonl"
         self.results = path / "results.json"
         self.checkpoints = path / "checkpoints"
         self.plots = path / "plots"
+        self.launch = path / ".launch"
 
     @property
     def holds_a_run(self) -> bool:
@@ -31,24 +32,50 @@ class RunFolder:
         return self.metrics.exists() or bool(list_checkpoints(self.checkpoints))
 
     def write_config(self, config: Config) -> None:
-        """Store the configuration so that `--config` can read it back."""
+        """Store the configuration so that `--config` can read it back.
+
+        `max_steps` stays out: it ends one start of the run, and a later one shall be able to go further.
+        """
+        values = {key: value for key, value in config.to_dict().items() if key != "max_steps"}
         with replacing(self.config) as temporary:
-            temporary.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+            temporary.write_text(yaml.safe_dump(values, sort_keys=False))
+
+    def mark_launch(self) -> None:
+        """Note which torchrun writes here, for its restarts."""
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            self.launch.write_text(_launch())
+
+    def schedules(self) -> list[Path]:
+        """Return the schedule files, newest first: `schedule-3.txt`, `schedule-2.txt`, `schedule.txt`."""
+        replanned = sorted(self.path.glob("schedule-*.txt"), key=lambda path: int(path.stem.split("-")[1]))
+        return [*reversed(replanned), *([self.schedule] if self.schedule.exists() else [])]
+
+    def next_schedule(self) -> Path:
+        """Return a name for one more schedule, beside those that are there."""
+        taken = self.schedules()
+        return self.path / f"schedule-{len(taken) + 1}.txt" if taken else self.schedule
 
 
 def find_run_folder(
     config_name: str, out_dir: str | None, resume: str | None
-) -> tuple[RunFolder, Path | None]:
-    """Choose where a run writes, and the one checkpoint to continue from if `resume` names a file.
+) -> tuple[RunFolder, Path | None, bool]:
+    """Choose where a run writes, and what it continues from.
+
+    After a restart by torchrun that is where the start before it wrote, whatever the flags say.
 
     Args:
         config_name: stem of the configuration file; names new folders.
         out_dir: what `--out-dir` says.
         resume: None, `auto`, or the path of a checkpoint or run folder.
 
+    Returns:
+        The folder; the checkpoint to continue from if `resume` names one; whether to continue at all.
+
     Raises:
         UsageError: if the folder holds a run and `resume` is not given, or `resume` names nothing.
     """
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and (folder := _last_of_launch(out_dir)):
+        return folder, None, True
     if resume is not None and resume != "auto":
         source = Path(resume)
         if not source.exists():
@@ -56,22 +83,34 @@ def find_run_folder(
                 f"--resume {source}: no such checkpoint or run folder; --resume auto looks for the newest"
             )
         home = source if source.is_dir() else source.absolute().parent.parent
-        return RunFolder(Path(out_dir) if out_dir else home), None if source.is_dir() else source
+        return RunFolder(Path(out_dir) if out_dir else home), None if source.is_dir() else source, True
     if out_dir is not None:
         folder = RunFolder(Path(out_dir))
         if folder.holds_a_run and resume is None:
             raise UsageError(
                 f"--out-dir {out_dir} holds a run: continue it with --resume auto, or choose another folder"
             )
-        return folder, None
+        return folder, None, resume == "auto"
     unfinished = newest_unfinished(config_name) if resume == "auto" else None
-    return unfinished or RunFolder(RUNS / f"{config_name}-{time.strftime('%Y%m%d-%H%M%S')}"), None
+    fresh = RunFolder(RUNS / f"{config_name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    return unfinished or fresh, None, resume == "auto"
 
 
 def newest_unfinished(config_name: str) -> RunFolder | None:
     """Return the newest folder of that configuration that has a checkpoint and no results yet."""
     folders = [RunFolder(path) for path in sorted(RUNS.glob(f"{config_name}-*"), reverse=True)]
     return next((f for f in folders if list_checkpoints(f.checkpoints) and not f.results.exists()), None)
+
+
+def _launch() -> str:
+    """Return what the restarts of one torchrun have in common."""
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
+
+
+def _last_of_launch(out_dir: str | None) -> RunFolder | None:
+    places = [Path(out_dir)] if out_dir else sorted(RUNS.glob("*"), key=lambda path: path.name[-15:])
+    folders = [RunFolder(path) for path in reversed(places)]
+    return next((f for f in folders if f.launch.exists() and f.launch.read_text() == _launch()), None)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -127,18 +127,25 @@ def replan(old: Schedule, new: Schedule, step: int) -> Schedule:
     )
 
 
+def differences(stored: Schedule, wanted: Schedule) -> list[str]:
+    """Return, as `name old -> new`, what makes the cycle of a run another one than its resume would plan."""
+    return [
+        f"{name} {getattr(stored, name)} -> {getattr(wanted, name)}"
+        for name in _MUST_AGREE
+        if getattr(stored, name) != getattr(wanted, name)
+    ]
+
+
 def check_resume(stored: Schedule, wanted: Schedule, path: Path) -> list[str]:
     """Compare the schedule of a run with what its resume would plan; return notices worth printing.
 
     Raises:
         UserError: if the cycle does not fit any more, naming both values of each difference and the way out.
     """
-    changed = [name for name in _MUST_AGREE if getattr(stored, name) != getattr(wanted, name)]
-    if changed:
-        shown = ", ".join(f"{name} {getattr(stored, name)} -> {getattr(wanted, name)}" for name in changed)
+    if changed := differences(stored, wanted):
         raise UserError(
-            f"{path} was planned for another run ({shown}); give the old value(s) to go on exactly, "
-            "or --replan to go on from the same position of a new cycle"
+            f"{path} was planned for another run ({', '.join(changed)}); give the old value(s) to go on "
+            "exactly, or --replan to go on from the same position of a new cycle"
         )
     if (stored.ranks, stored.grad_accum_steps) == (wanted.ranks, wanted.grad_accum_steps):
         return []
@@ -169,7 +176,7 @@ def read_schedule(path: Path) -> Schedule:
     if digest != _fingerprint(lines[2:]):
         raise UserError(
             f"{path}{_first_edit(schedule, lines)}: the file was changed after it was written (its digest "
-            "does not match); restore it (a mirror has a copy), or plan another cycle with --replan"
+            "does not match); restore it (a mirror has a copy), or delete it to have it planned again"
         )
     return schedule
 
@@ -246,7 +253,7 @@ def _parse(lines: list[str], path: Path) -> tuple[Schedule, str]:
         except ValueError:
             raise UserError(
                 f"{path} line {number}: want 'step lr beta1', got '{line}'; restore the file (a mirror has a "
-                "copy), or plan another cycle with --replan"
+                "copy), or delete it to have it planned again"
             ) from None
     try:
         values = {field.name: field.type(header[field.name]) for field in _HEADER}  # type: ignore[operator]
