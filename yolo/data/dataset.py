@@ -82,6 +82,7 @@ class DetectionDataset:
     paths: list[Path]
     annotations: list[Annotation] = field(repr=False)
     skipped: list[str] = field(default_factory=list)
+    follow_exif: bool = False
     cache: ImageCache | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
@@ -108,8 +109,8 @@ class DetectionDataset:
         """
         if self.cache is not None:
             return self.cache[index]
-        _, _, _, height, width = self.annotations[index]
-        return read_rgb(self.paths[index], (height, width), min_side)
+        note = self.annotations[index]
+        return read_rgb(self.paths[index], (note.height, note.width), min_side, self.follow_exif)
 
     def digest(self) -> str:
         """Return a SHA-256 over class names, image ids, sizes and boxes."""
@@ -150,6 +151,7 @@ def assemble(
     read: Callable[[str], RawImage],
     class_names: Sequence[str] | None,
     skip_bad: bool,
+    follow_exif: bool = False,
 ) -> DetectionDataset:
     """Read and check every annotation and every image header of a split.
 
@@ -159,6 +161,7 @@ def assemble(
         read: Returns one image's annotation; raises `UserError` for a file that cannot be read.
         class_names: The classes in the order of their labels; None for those that occur, sorted.
         skip_bad: Leave out what is broken and list it in `.skipped`, instead of raising.
+        follow_exif: See `read_rgb`.
 
     Raises:
         UserError: if the split is empty, or for the first defect.
@@ -183,6 +186,7 @@ def assemble(
         paths=[image.image for image in images],
         annotations=annotations,
         skipped=skipped,
+        follow_exif=follow_exif,
     )
 
 
@@ -212,18 +216,17 @@ def drop_unreadable(dataset: DetectionDataset) -> DetectionDataset:
     return dataset
 
 
-def read_rgb(path: Path, size: tuple[int, int] | None = None, min_side: int | None = None) -> np.ndarray:
+def read_rgb(
+    path: Path, size: tuple[int, int] | None = None, min_side: int | None = None, follow_exif: bool = True
+) -> np.ndarray:
     """Decode an image file: grey, CMYK, palette, 16-bit and transparent images become 8-bit RGB.
-
-    The EXIF orientation is a matter of the annotation. When `size` is the stored (height, width), the pixels
-    come as stored: VOC's boxes were drawn on those. When it is the stored size with its sides exchanged, the
-    image is turned as its EXIF tag says, as the annotation tool must have shown it. Without `size`, the tag
-    is followed.
 
     Args:
         path: Image file.
-        size: (height, width) as annotated.
+        size: (height, width) as annotated, if known.
         min_side: See `DetectionDataset.image`; needs `size`.
+        follow_exif: Turn the image as its EXIF tag says. VOC's boxes were drawn on the pixels as stored; but
+            where its annotation has the sides of the stored image exchanged, the tag is followed after all.
 
     Returns:
         [H, W, 3] uint8 RGB.
@@ -235,16 +238,14 @@ def read_rgb(path: Path, size: tuple[int, int] | None = None, min_side: int | No
         encoded = np.fromfile(path, np.uint8)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    shrink = _shrink(size, min_side) if size and path.suffix.lower() in (".jpg", ".jpeg") else 1
     if size is None:
-        return _decode(path, encoded, 1, follow_exif=True)
-    image = _decode(path, encoded, shrink, follow_exif=False)
-    if image.shape[:2] == _shrunk(size, shrink):
-        return image
-    turned = _decode(path, encoded, shrink, follow_exif=True)
-    if turned.shape[:2] == _shrunk(size, shrink):
-        return turned
-    height, width = _decode(path, encoded, 1, follow_exif=False).shape[:2]
+        return _decode(path, encoded, 1, follow_exif)
+    shrink = _shrink(size, min_side) if path.suffix.lower() in (".jpg", ".jpeg") else 1
+    for turn in (follow_exif, True):
+        image = _decode(path, encoded, shrink, turn)
+        if image.shape[:2] == _shrunk(size, shrink):
+            return image
+    height, width = _decode(path, encoded, 1, follow_exif).shape[:2]
     raise UserError(f"{path}: the image is {width}x{height}, but its annotation says {size[1]}x{size[0]}")
 
 

@@ -1,48 +1,74 @@
 """Opens the data set that a configuration names, whatever its layout."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from yolo.config import DataConfig
+from yolo.config import Config
+from yolo.data.cache import cache_images
 from yolo.data.dataset import DetectionDataset, drop_unreadable
 from yolo.data.digits import CLASS_NAMES, ensure_digits
+from yolo.data.download import ensure_voc
 from yolo.data.voc import VOC_CLASSES, read_voc
+from yolo.data.yolo_format import read_csv_layout, read_yolo_folder
 from yolo.errors import UsageError
 
 
-def open_datasets(cfg: DataConfig) -> tuple[DetectionDataset, DetectionDataset]:
+def open_datasets(cfg: Config) -> tuple[DetectionDataset, DetectionDataset]:
     """Open the training and the test set; the test set takes over the classes of the training set.
 
+    With `--cache ram` both are decoded into shared memory here.
+
     Raises:
-        UserError: for missing data or the first defect.
+        UserError: for missing data, the first defect, or too little memory.
     """
-    train_set = open_dataset(cfg, cfg.train_split, _named_classes(cfg))
+    train_set = open_dataset(cfg, cfg.train_split, named_classes(cfg))
     test_set = open_dataset(cfg, cfg.split, train_set.class_names)
-    return train_set, drop_unreadable(test_set) if cfg.skip_bad else test_set
+    if cfg.skip_bad:  # a test cannot replace a broken image by another, and a cache cannot hold it
+        for dataset in (train_set, test_set) if cfg.cache == "ram" else (test_set,):
+            drop_unreadable(dataset)
+    if cfg.cache == "ram":
+        _cache(cfg, train_set, test_set)
+    return train_set, test_set
 
 
-def open_dataset(cfg: DataConfig, split: str, class_names: Sequence[str] | None) -> DetectionDataset:
+def open_dataset(cfg: Config, split: str, class_names: Sequence[str] | None) -> DetectionDataset:
     """Open one split.
 
     Args:
         cfg: Layout, folder, and what to do with what is broken.
         split: As in `2007:test`.
-        class_names: In the order of their labels; None for those that occur in this split, sorted.
+        class_names: In the order of their labels; None for those that the data set brings along.
 
     Raises:
         UserError: for missing data or the first defect.
     """
     root = Path(cfg.data_root or f"data/{cfg.dataset}")
-    if cfg.dataset == "digits":
-        return read_voc(ensure_digits(root), split, class_names or CLASS_NAMES, cfg.skip_bad)
-    if cfg.dataset == "voc":
-        return read_voc(root, split, class_names, cfg.skip_bad)
+    match cfg.dataset:
+        case "digits":
+            return read_voc(ensure_digits(root), split, class_names or CLASS_NAMES, cfg.skip_bad)
+        case "voc":
+            if cfg.download:
+                ensure_voc(root, split)
+            return read_voc(root, split, class_names, cfg.skip_bad)
+        case "csv":
+            return read_csv_layout(root, split, class_names, cfg.skip_bad)
+        case "yolo":
+            return read_yolo_folder(root, split, class_names, cfg.skip_bad)
     raise UsageError(f"--dataset {cfg.dataset}: has no boxes to detect; want digits, voc, csv or yolo")
 
 
-def _named_classes(cfg: DataConfig) -> Sequence[str] | None:
+def named_classes(cfg: Config) -> Sequence[str] | None:
+    """Return the classes that `--classes` names, None for `auto`."""
     if cfg.classes == "auto":
         return None
     if cfg.classes == "voc":
         return VOC_CLASSES
     return [name.strip() for name in cfg.classes.split(",") if name.strip()]
+
+
+def _cache(cfg: Config, *datasets: DetectionDataset) -> None:
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+    largest = max(*cfg.img_sizes, cfg.resolved_test_size)
+    for dataset in datasets:
+        cache_images(dataset, largest, copies=ranks_here)

@@ -66,7 +66,7 @@ def build_transforms(cfg: AugmentConfig, mosaic: bool) -> A.Compose:
             min_visibility=cut_threshold(cfg.min_visible),
             min_width=MIN_SIDE,
             min_height=MIN_SIDE,
-            clip=True,
+            check_each_transform=False,  # once at the end: only one transform cuts boxes
         ),
     )
 
@@ -81,10 +81,7 @@ def augment(canvas: Canvas, transforms: A.Compose, seed: tuple[int, ...]) -> Can
     transforms.set_random_state(rng, random.Random(int(rng.integers(2**63))))
     rows = np.column_stack([canvas.boxes, np.arange(len(canvas.labels))]).astype(np.float32)
     result = transforms(image=canvas.image, bboxes=rows)
-    kept = result["bboxes"][:, 4].astype(np.int64)
-    return Canvas(
-        result["image"],
-        result["bboxes"][:, :4].astype(np.float32),
-        canvas.labels[kept],
-        canvas.difficult[kept],
-    )
+    rows = result["bboxes"].reshape(-1, 5)  # without any box it comes back [0, 4]
+    kept = rows[:, 4].astype(np.int64)
+    boxes = rows[:, :4].astype(np.float32)
+    return Canvas(result["image"], boxes, canvas.labels[kept], canvas.difficult[kept])

@@ -16,10 +16,10 @@ from defusedxml.ElementTree import parse
 from yolo.data.dataset import DetectionDataset, RawImage, RawObject, assemble, find_image, header_size
 from yolo.errors import UserError
 
-VOC_CLASSES = """
-    aeroplane bicycle bird boat bottle bus car cat chair cow
-    diningtable dog horse motorbike person pottedplant sheep sofa train tvmonitor
-""".split()
+VOC_CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
 
 
 def read_voc(

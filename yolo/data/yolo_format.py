@@ -1,0 +1,125 @@
+"""Label files of lines `class cx cy width height`, as shares of the image: YOLO folders, and the CSV copy of VOC.
+
+The CSV layout (as on Kaggle) has `images/`, `labels/` and one `<split>.csv` of lines `image,label`. A YOLO
+folder has `images/<split>` beside `labels/<split>`, or `<split>/images` beside `<split>/labels`; its class
+names stand in `data.yaml` or `classes.txt`. An image without a label file has no objects. As viewers and
+annotation tools show images turned by their EXIF tag, boxes are read so, too.
+"""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from yolo.data.dataset import IMAGE_SUFFIXES, DetectionDataset, RawImage, RawObject, assemble, header_size
+from yolo.errors import UserError
+
+
+def read_csv_layout(
+    root: Path, split: str, class_names: Sequence[str] | None, skip_bad: bool = False
+) -> DetectionDataset:
+    """Read `<split>.csv` and the images and labels that it lists.
+
+    Raises:
+        UserError: naming what is missing, or the first defect.
+    """
+    path = root / f"{split}.csv"
+    if not path.is_file():
+        raise UserError(f"split '{split}': no file {path}; there are: {_listed(root.glob('*.csv'))}")
+    with path.open(newline="") as file:
+        rows = [[cell.strip() for cell in row] for row in csv.reader(file)]
+    pairs = [row for row in rows if len(row) >= 2 and Path(row[0]).suffix.lower() in IMAGE_SUFFIXES]
+    files = {image: (root / "images" / image, root / "labels" / label) for image, label, *_ in pairs}
+    return _assemble(f"CSV {path}", files, class_names or _names(root), skip_bad)
+
+
+def read_yolo_folder(
+    root: Path, split: str, class_names: Sequence[str] | None, skip_bad: bool = False
+) -> DetectionDataset:
+    """Read the images of one split and the label files beside them.
+
+    Raises:
+        UserError: naming what is missing, or the first defect.
+    """
+    for images, labels in (
+        (root / "images" / split, root / "labels" / split),
+        (root / split / "images", root / split / "labels"),
+    ):
+        if images.is_dir():
+            break
+    else:
+        raise UserError(
+            f"split '{split}': no folder {root / 'images' / split} or {root / split / 'images'}; "
+            f"{root} holds: {_listed(root.glob('*'))}"
+        )
+    found = sorted(path for path in images.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    files = {path.name: (path, labels / f"{path.stem}.txt") for path in found}
+    return _assemble(f"YOLO folder {images}", files, class_names or _names(root), skip_bad)
+
+
+def _assemble(
+    name: str, files: dict[str, tuple[Path, Path]], class_names: Sequence[str], skip_bad: bool
+) -> DetectionDataset:
+    return assemble(
+        name,
+        list(files),
+        lambda image_id: _read_labels(image_id, *files[image_id], class_names),
+        class_names,
+        skip_bad,
+        follow_exif=True,
+    )
+
+
+def _read_labels(image_id: str, image: Path, labels: Path, class_names: Sequence[str]) -> RawImage:
+    height, width = header_size(image, follow_exif=True)
+    lines = labels.read_text().splitlines() if labels.is_file() else []
+    objects = [
+        _object(line, f"{labels}, line {number}", height, width, class_names)
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    return RawImage(image_id, image, labels, height, width, objects)
+
+
+def _object(line: str, where: str, height: int, width: int, class_names: Sequence[str]) -> RawObject:
+    try:
+        number, *shares = (float(word) for word in line.split())
+        x, y, box_width, box_height = shares
+    except ValueError:
+        raise UserError(f"{where}: '{line.strip()}' is not `class cx cy width height`") from None
+    label = int(number)
+    name = class_names[label] if 0 <= label < len(class_names) else f"class {label}"
+    box = (
+        (x - box_width / 2) * width,
+        (y - box_height / 2) * height,
+        (x + box_width / 2) * width,
+        (y + box_height / 2) * height,
+    )
+    return RawObject(name, box)
+
+
+def _names(root: Path) -> list[str]:
+    """Return the class names that a data set brings along, in the order of their numbers."""
+    for path in (root / "data.yaml", root / "data.yml"):
+        if path.is_file():
+            return _yaml_names(path)
+    for path in (root / "classes.txt", root / "labels" / "classes.txt"):
+        if path.is_file():
+            return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    raise UserError(
+        f"{root}: label files hold class numbers, and no data.yaml or classes.txt says their names: "
+        "add one, or name them with --classes (`--classes voc` for the Kaggle copy of VOC)"
+    )
+
+
+def _yaml_names(path: Path) -> list[str]:
+    try:
+        names = yaml.safe_load(path.read_text())["names"]
+    except (yaml.YAMLError, KeyError, TypeError):
+        raise UserError(f"{path}: has no readable `names:`") from None
+    return [str(name) for name in (names.values() if isinstance(names, dict) else names)]
+
+
+def _listed(paths: object) -> str:
+    return ", ".join(sorted(path.name for path in paths)) or "nothing"  # type: ignore[attr-defined]
