@@ -83,7 +83,7 @@ def cache_images(dataset: DetectionDataset, max_side: int, copies: int = 1, prog
 
 
 def free_memory() -> int:
-    """Return the bytes that this process can still fill and share: of the machine, its container and /dev/shm."""
+    """Return the bytes that can still be filled and shared: of the machine, its container and /dev/shm."""
     limits = [_machine_memory(), *_container_memory()]
     if Path("/dev/shm").is_dir():  # where Linux keeps memory that processes share; small in many containers
         limits.append(shutil.disk_usage("/dev/shm").free)
@@ -101,8 +101,9 @@ def _refuse_if_too_large(dataset: DetectionDataset, need: int, max_side: int, co
         return
     each = f" in each of {copies} processes" if copies > 1 else ""
     raise UserError(
-        f"--cache ram: the {len(dataset)} images of {dataset.name} need {need / 1e9:.1f} GB at {max_side} pixels{each}, "
-        f"but {free * MEMORY_SHARE / 1e9:.1f} GB are to spare (memory, container limit, /dev/shm): use --cache none"
+        f"--cache ram: the {len(dataset)} images of {dataset.name} need {need / 1e9:.1f} GB at {max_side} pixels"
+        f"{each}, but {free * MEMORY_SHARE / 1e9:.1f} GB are to spare (of memory, container limit and /dev/shm): "
+        "use --cache none"
     )
 
 

@@ -190,11 +190,11 @@ def assemble(
     )
 
 
-def drop_unreadable(dataset: DetectionDataset) -> DetectionDataset:
+def drop_unreadable(dataset: DetectionDataset) -> None:
     """Decode every image once and leave out those that fail, listing them in `.skipped`.
 
-    An evaluation cannot replace a broken image by another; so with --skip-bad it is left out before it
-    starts.
+    Raises:
+        UserError: if none is left.
     """
 
     def defect(index: int) -> str | None:
@@ -213,7 +213,6 @@ def drop_unreadable(dataset: DetectionDataset) -> DetectionDataset:
     dataset.image_ids = [dataset.image_ids[index] for index in good]
     dataset.paths = [dataset.paths[index] for index in good]
     dataset.annotations = [dataset.annotations[index] for index in good]
-    return dataset
 
 
 def read_rgb(

@@ -1,4 +1,4 @@
-"""Fetches PASCAL VOC's official tar files: continues a broken download, checks the digest, unpacks with care."""
+"""Fetches PASCAL VOC's official tar files: resumes a broken download, checks the digest, unpacks safely."""
 
 import contextlib
 import hashlib
@@ -78,7 +78,7 @@ def ensure_voc(root: Path, split: str) -> None:
 
 
 def download(url: str, target: Path, md5: str) -> None:
-    """Fetch `url` to `target`, going on where an earlier attempt broke off; do nothing if it is there complete.
+    """Fetch `url` to `target`, going on where an earlier attempt broke off, unless it is there complete.
 
     Raises:
         UserError: if the server cannot be reached, breaks off, or sends something of another digest.

@@ -1,4 +1,4 @@
-"""Label files of lines `class cx cy width height`, as shares of the image: YOLO folders, and the CSV copy of VOC.
+"""Label files of lines `class cx cy width height` in shares of the image: YOLO folders, the CSV copy of VOC.
 
 The CSV layout (as on Kaggle) has `images/`, `labels/` and one `<split>.csv` of lines `image,label`. A YOLO
 folder has `images/<split>` beside `labels/<split>`, or `<split>/images` beside `<split>/labels`; its class
@@ -7,7 +7,7 @@ annotation tools show images turned by their EXIF tag, boxes are read so, too.
 """
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import yaml
@@ -42,15 +42,12 @@ def read_yolo_folder(
     Raises:
         UserError: naming what is missing, or the first defect.
     """
-    for images, labels in (
-        (root / "images" / split, root / "labels" / split),
-        (root / split / "images", root / split / "labels"),
-    ):
-        if images.is_dir():
-            break
-    else:
+    images, labels = root / "images" / split, root / "labels" / split
+    if not images.is_dir():
+        images, labels = root / split / "images", root / split / "labels"
+    if not images.is_dir():
         raise UserError(
-            f"split '{split}': no folder {root / 'images' / split} or {root / split / 'images'}; "
+            f"split '{split}': no folder {root / 'images' / split} or {images}; "
             f"{root} holds: {_listed(root.glob('*'))}"
         )
     found = sorted(path for path in images.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
@@ -121,5 +118,5 @@ def _yaml_names(path: Path) -> list[str]:
     return [str(name) for name in (names.values() if isinstance(names, dict) else names)]
 
 
-def _listed(paths: object) -> str:
-    return ", ".join(sorted(path.name for path in paths)) or "nothing"  # type: ignore[attr-defined]
+def _listed(paths: Iterable[Path]) -> str:
+    return ", ".join(sorted(path.name for path in paths)) or "nothing"
