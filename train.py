@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from yolo import engine, tuning
     from yolo.checkpoint import find_newest
     from yolo.mirror import Mirror
+    from yolo.pretrained import init_weights
     from yolo.run import Run
     from yolo.stopping import EXIT_CODES, StopRequest
     from yolo.tasks import build_task
@@ -75,6 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = fabric.broadcast(folder)
     fabric.seed_everything(cfg.seed, verbose=False)
     task = build_task(cfg)
+    checkpoint = source
+    if resuming and source is None:
+        checkpoint = fabric.broadcast(
+            find_newest(folder.checkpoints, fabric.print) if fabric.is_global_zero else None
+        )
+    if cfg.init_weights and not checkpoint:
+        fabric.print("\n".join(init_weights(task.model, Path(cfg.init_weights)).lines()))
     task = tuning.settle(fabric, scaler, task, folder.path, cli.read_yaml(stored) if stored else {})
     if args.find_lr:
         tuning.find_max_lr(fabric, scaler, task, folder.path)
@@ -95,11 +103,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.write_plan()
         return 0
 
-    checkpoint = source
-    if resuming and source is None:
-        checkpoint = fabric.broadcast(
-            find_newest(folder.checkpoints, fabric.print) if fabric.is_global_zero else None
-        )
     if checkpoint:
         run.continue_from(checkpoint, may_replan=args.replan)
     elif resuming:

@@ -20,6 +20,7 @@ from yolo.config import Config, HardwareConfig
 from yolo.data.samplers import MultiSizeBatchSampler
 from yolo.ema import Ema
 from yolo.errors import UsageError, UserError
+from yolo.inference import cpu_computes_bf16, require_compiler
 from yolo.logbook import Progress, duration
 from yolo.provenance import available_cpus, hardware
 from yolo.run import Run
@@ -58,7 +59,7 @@ def pick_precision(wanted: str, device: str) -> tuple[str, str]:
         return wanted, "as asked"
     if device == "cuda":
         return "16-mixed", "CUDA computes half precision several times faster"
-    if device == "cpu" and _cpu_computes_bf16():
+    if device == "cpu" and cpu_computes_bf16():
         return "bf16-mixed", "this CPU has native bfloat16 instructions"
     return "32-true", f"no fast half precision on this {device}"
 
@@ -220,6 +221,8 @@ def make_state(fabric: Fabric, scaler: torch.amp.GradScaler | None, cfg: Config,
     task.criterion.to(fabric.device)
     ema = Ema(network, cfg.ema_decay)
     optimizer = make_optimizer(network, cfg, fused=scaler is None)  # a scaler clips only without fusing
+    if cfg.compile:
+        require_compiler()
     runnable: Any = torch.compile(network, dynamic=False) if cfg.compile else network
     model, optimizer = fabric.setup(runnable, optimizer)
     zero = torch.zeros((), dtype=torch.int64, device=fabric.device)
@@ -551,8 +554,3 @@ def _world(cfg: HardwareConfig) -> tuple[int | str, int]:
     if cfg.devices == "auto":
         return 1 if not torch.cuda.is_available() else "auto", cfg.num_nodes
     return cfg.devices, cfg.num_nodes
-
-
-def _cpu_computes_bf16() -> bool:
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

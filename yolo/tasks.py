@@ -22,6 +22,7 @@ from yolo.data import cifar10, classification
 from yolo.data.anchors import cluster_anchors
 from yolo.data.collate import MosaicCollate, TestSamples, TrainSamples, plain_collate
 from yolo.data.sources import open_dataset, open_datasets
+from yolo.errors import UsageError
 from yolo.loss import ScaleTargets, YoloLoss, assign_targets, count_targets
 from yolo.metrics.average_precision import DetectionMetrics
 from yolo.metrics.cell_accuracy import CellAccuracy
@@ -195,6 +196,8 @@ def _detection_test(config: Config, test_set: Any, anchors: Tensor) -> Test:
 
 
 def _build_classification(config: Config) -> Task:
+    if {*config.img_sizes, config.resolved_test_size} != {cifar10.IMAGE_SIZE}:
+        raise UsageError("--img-sizes, --test-size: the classifier works on 32 x 32 pixels; want 32")
     train_set, test_set = cifar10.open_datasets(config)
     model = build_model(config, len(train_set.class_names))
     return Task(
