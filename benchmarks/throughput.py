@@ -38,14 +38,8 @@ def bench_loader(words: Sequence[str]) -> None:
 
     dataset = open_dataset(args, args.train_split, None)
     print(f"{dataset.name}: {len(dataset)} images, sizes {args.img_sizes}, batch {args.batch_size}")
-    probabilities = {
-        name: value
-        for name, value in vars(args).items()
-        if name.startswith("aug_") and name not in ("aug_crop", "aug_cutout")
-    }
-    print(
-        ", ".join(f"{name} {value}" for name, value in {"mosaic": args.mosaic_prob, **probabilities}.items())
-    )
+    names = ("mosaic_prob", "aug_flip", "aug_affine", "aug_color", "aug_blur", "aug_clahe", "aug_gray")
+    print(", ".join(f"{name} {getattr(args, name)}" for name in names))
     print(f"{'cache':>6} {'workers':>8} {'images/s':>9} {'ms/image/worker':>16}")
     for cache in ("none", "ram"):
         if cache == "ram":

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from yolo.data.dataset import Annotation, DetectionDataset
 from yolo.errors import UserError
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 MEMORY_SHARE = 0.8  # of the free memory; the network and the batches need some, too
 
 
@@ -101,8 +102,8 @@ def _refuse_if_too_large(dataset: DetectionDataset, need: int, max_side: int, co
         return
     each = f" in each of {copies} processes" if copies > 1 else ""
     raise UserError(
-        f"--cache ram: the {len(dataset)} images of {dataset.name} need {need / 1e9:.1f} GB at {max_side} pixels"
-        f"{each}, but {free * MEMORY_SHARE / 1e9:.1f} GB are to spare (of memory, container limit and /dev/shm): "
+        f"--cache ram: the {len(dataset)} images of {dataset.name} need {need / 1e9:.1f} GB at {max_side} "
+        f"pixels{each}, but {free * MEMORY_SHARE / 1e9:.1f} GB are to spare (memory, container, /dev/shm): "
         "use --cache none"
     )
 
@@ -120,10 +121,9 @@ def _container_memory() -> list[int]:
 
     Cached files count as used there, but make room when memory is asked for.
     """
-    root = Path("/sys/fs/cgroup")
     for folder, limit, used in (
-        (root, "memory.max", "memory.current"),
-        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        (CONTROL_GROUP, "memory.max", "memory.current"),
+        (CONTROL_GROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
         try:
             free = int((folder / limit).read_text()) - int((folder / used).read_text())

@@ -48,7 +48,7 @@ class TrainSamples(Dataset[TrainSample]):
     def __init__(self, dataset: DetectionDataset, cfg: Config, seed: int) -> None:
         self.dataset = dataset
         self.mosaic_prob = cfg.mosaic_prob
-        self.last_mosaic_epoch = cfg.epochs - cfg.mosaic_off_epochs - 1
+        self.mosaic_epochs = cfg.epochs - cfg.mosaic_off_epochs if cfg.mosaic_off_epochs else math.inf
         self.skip_bad = cfg.skip_bad
         self.seed = seed
         self._reported: set[str] = set()
@@ -75,7 +75,7 @@ class TrainSamples(Dataset[TrainSample]):
         """Return where the sample's images go: one letterboxed image, or the four tiles of a mosaic."""
         rng = np.random.default_rng([self.seed, key.epoch, key.index, attempt])
         index = (key.index + attempt) % len(self.dataset)
-        if key.epoch > self.last_mosaic_epoch or rng.random() >= self.mosaic_prob:
+        if key.epoch >= self.mosaic_epochs or rng.random() >= self.mosaic_prob:
             return [letterbox_tile(index, self.dataset.annotation(index), key.img_size)]
         indices = [index, *(int(partner) for partner in rng.integers(len(self.dataset), size=3))]
         rng.shuffle(indices)

@@ -5,6 +5,7 @@ headers, boxes and class names, and `read_rgb` decodes pixels.
 """
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -34,7 +35,9 @@ _DECODE_FLAGS = {
     8: cv2.IMREAD_REDUCED_COLOR_8,
 }
 
-cv2.utils.logging.setLogLevel(0)  # a broken file is our one clear line, not also several of OpenCV's
+# What is broken or too large is one clear line of ours, and not several of OpenCV's and Pillow's as well.
+cv2.utils.logging.setLogLevel(0)
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class Annotation(NamedTuple):
@@ -261,7 +264,9 @@ def header_size(path: Path, follow_exif: bool = False) -> tuple[int, int]:
                 width, height = height, width
     except FileNotFoundError:
         raise UserError(f"{path}: no such image") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
+    except Image.DecompressionBombError:
+        raise UserError(f"{path}: is over {MAX_PIXELS // 10**6} million pixels; scale it down") from None
+    except (UnidentifiedImageError, OSError):
         raise UserError(f"{path}: is no image that can be read") from None
     return height, width
 

@@ -136,12 +136,8 @@ def _fetch(url: str, partial: Path) -> None:
         resumed = response.status == 206  # otherwise the server sends everything anew
         missing = int(response.headers.get("Content-Length") or 0)
         done = have if resumed else 0
-        with (
-            partial.open("ab" if resumed else "wb") as file,
-            tqdm(
-                total=done + missing or None, initial=done, unit="B", unit_scale=True, desc=partial.stem
-            ) as bar,
-        ):
+        bar = tqdm(total=done + missing or None, initial=done, unit="B", unit_scale=True, desc=partial.stem)
+        with bar, partial.open("ab" if resumed else "wb") as file:
             for chunk in _chunks(response):
                 file.write(chunk)
                 bar.update(len(chunk))

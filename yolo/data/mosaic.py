@@ -16,7 +16,7 @@ from yolo.data.dataset import Annotation
 from yolo.data.transforms import FILL, MIN_SIDE, Canvas, cut_threshold
 
 CENTRE_RANGE = (0.3, 0.7)  # of the canvas; nearer to a corner, tiles become too small for any object
-WINDOW_TRIES = 4
+WINDOW_TRIES = 8
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,14 @@
-"""The pictures that `--images` names."""
+"""The pictures that `--images` names, and how a network sees them."""
 
 import glob
 from pathlib import Path
 
-from yolo.data.dataset import IMAGE_SUFFIXES
+import numpy as np
+import torch
+from torch import Tensor
+
+from yolo.data.dataset import IMAGE_SUFFIXES, Annotation
+from yolo.data.mosaic import compose, letterbox_tile
 from yolo.errors import UsageError
 
 
@@ -22,3 +27,10 @@ def list_pictures(pattern: str) -> list[Path]:
         what = "holds no images" if path.is_dir() else "names no images"
         raise UsageError(f"--images {pattern}: {what} ({', '.join(IMAGE_SUFFIXES)})")
     return pictures
+
+
+def letterboxed(image: np.ndarray, size: int) -> Tensor:
+    """Return an image [H, W, 3] uint8 of any shape as a test shows it to a detector: [3, S, S] uint8."""
+    note = Annotation(np.zeros((0, 4)), np.zeros(0), np.zeros(0), *image.shape[:2])
+    canvas = compose([letterbox_tile(0, note, size)], [image], [note], size).image
+    return torch.from_numpy(canvas).permute(2, 0, 1)
