@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: "errors atomic config cli boxes schedule stopping provenance run_folder",
-    1: "models inference data metrics ema plots figures explain faithfulness logbook",
+    1: "models inference mistakes data metrics ema plots figures explain faithfulness logbook",
     2: "loss",
     3: "tasks doctor",
     4: "checkpoint pretrained mirror export run panels",

@@ -226,14 +226,15 @@ def test_collate_keeps_bytes_and_test_images_are_plain() -> None:
 
 def test_metrics_equal_torchmetrics_and_shards_merge() -> None:
     torch.manual_seed(0)
-    logits, labels = torch.randn(500, 4) * 2, torch.randint(0, 4, (500,))
+    logits, labels = torch.randn(501, 4) * 2, torch.randint(0, 4, (501,))
     ranks = []
     for rank in range(2):
         metric = ClassificationMetrics("abcd")
-        for part in range(rank, 10, 2):
-            metric.update(logits[part * 50 : part * 50 + 50], labels[part * 50 : part * 50 + 50])
+        for batch in torch.arange(rank, 501, 2).split(40):
+            metric.update(logits[batch], labels[batch])
         ranks.append(metric)
     ranks[0].merge([metric.state() for metric in ranks])
+    assert ranks[0].state()["labels"].tolist() == labels.tolist()
     result = ranks[0].compute()
     per_class = multiclass_accuracy(logits, labels, 4, average=None)
     assert result["accuracy"] == pytest.approx(multiclass_accuracy(logits, labels, 4, average="micro").item())

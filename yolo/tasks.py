@@ -27,6 +27,7 @@ from yolo.loss import ScaleTargets, YoloLoss, assign_targets, count_targets
 from yolo.metrics.average_precision import DetectionMetrics
 from yolo.metrics.cell_accuracy import CellAccuracy
 from yolo.metrics.classification import ClassificationMetrics
+from yolo.mistakes import mistake_grid
 from yolo.models.resnet import ResNet
 from yolo.models.yolov3 import STRIDES, YoloV3, make_anchors, postprocess
 from yolo.plots import draw_boxes
@@ -69,6 +70,7 @@ class Test:
     collate: Callable
     metrics: Callable[[bool], Metrics]  # (with everything that is slow?) -> a fresh accumulator
     picture: Callable[[Callable[[Tensor], Any]], np.ndarray]  # (runs the model) -> RGB picture of predictions
+    mistakes: Callable[[Any, Any], np.ndarray | None]  # (tested model, its metrics) -> RGB picture
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,7 @@ def _detection_test(config: Config, test_set: Any, anchors: Tensor) -> Test:
         collate=plain_collate,
         metrics=lambda full: DetectionEvaluation(config, anchors, test_set, with_map=full),
         picture=lambda predict: _draw_detections(config, anchors, test_set, predict),
+        mistakes=lambda model, metrics: None,  # a detector's need no model: see `yolo.evaluation.error_grids`
     )
 
 
@@ -223,6 +226,7 @@ def _classification_test(config: Config, test_set: Any) -> Test:
         collate=classification.collate_images,
         metrics=lambda full: ClassificationMetrics(test_set.class_names),
         picture=lambda predict: _draw_classes(test_set, predict),
+        mistakes=lambda model, metrics: mistake_grid(model, test_set, metrics),
     )
 
 

@@ -11,7 +11,7 @@ from yolo.metrics.calibration import calibration
 
 
 class ClassificationMetrics:
-    """Keeps four numbers per image, in the order of the updates; the states of several ranks concatenate."""
+    """Keeps four numbers per image, in the order of the updates."""
 
     def __init__(self, class_names: Sequence[str]) -> None:
         self.class_names = tuple(class_names)
@@ -41,8 +41,15 @@ class ClassificationMetrics:
         return dict(self._kept)
 
     def merge(self, states: Sequence[dict[str, np.ndarray]]) -> None:
-        """Replace what is kept by the states of all ranks (this one's included), one after the other."""
-        self._kept = {key: np.concatenate([state[key] for state in states]) for key in self._kept}
+        """Replace what is kept by the states of all ranks (this one's included).
+
+        Rank r of R tested the images r, r + R, r + 2R, ...: the result is in the order of the data set.
+        """
+        for key in self._kept:
+            merged = np.empty(sum(len(state[key]) for state in states), self._kept[key].dtype)
+            for rank, state in enumerate(states):
+                merged[rank :: len(states)] = state[key]
+            self._kept[key] = merged
 
     def compute(self) -> dict[str, Any]:
         """Return fractions in [0, 1], or None where there was no image.
