@@ -29,3 +29,40 @@ def voc_root() -> Path:
 def cifar10_root() -> Path:
     """The CIFAR-10 folder or archive that CIFAR10_ROOT names."""
     return _real_data("CIFAR10_ROOT")
+
+
+@pytest.fixture(scope="session")
+def tiny_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded data set in small: 24 training and 8 test scenes, VOC layout."""
+    from yolo.data.digits import write_digits
+
+    root = tmp_path_factory.mktemp("data") / "digits"
+    write_digits(root, num_scenes={"train": 24, "test": 8})
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration of 12 optimizer steps that take a second: 24 small digit scenes, a narrow network."""
+    from yolo.data.digits import write_digits
+
+    folder = tmp_path_factory.mktemp("tiny")
+    write_digits(folder / "digits", num_scenes={"train": 24, "test": 7})
+    config = folder / "tiny.yaml"
+    config.write_text(
+        f"""
+dataset: digits
+data_root: {folder / "digits"}
+width: 0.05
+batch_size: 4
+epochs: 2
+img_sizes: [32, 64]
+workers: 0
+precision: 32-true
+accelerator: cpu
+log_every: 2
+save_every: "2"
+max_lr: 0.01
+"""
+    )
+    return config
