@@ -22,8 +22,7 @@ from torch.nn import functional
 
 from yolo.boxes import Letterbox, boxes_to_letterbox, letterbox, shape_iou
 from yolo.data.cifar10 import to_32
-from yolo.data.dataset import Annotation
-from yolo.data.mosaic import compose, letterbox_tile
+from yolo.data.pictures import letterboxed
 from yolo.errors import UsageError
 from yolo.models.resnet import ResNet
 from yolo.models.yolov3 import STRIDES, YoloV3
@@ -106,9 +105,7 @@ def trace_detector(model: YoloV3, image: np.ndarray, size: int) -> Trace:
 
 def to_canvas(image: np.ndarray, size: int) -> Tensor:
     """Letterbox an image [H, W, 3] uint8 as a test does; return [1, 3, S, S] uint8."""
-    note = Annotation(np.zeros((0, 4)), np.zeros(0), np.zeros(0), *image.shape[:2])
-    canvas = compose([letterbox_tile(0, note, size)], [image], [note], size).image
-    return torch.from_numpy(canvas).permute(2, 0, 1)[None]
+    return letterboxed(image, size)[None]
 
 
 def explain_detections(
@@ -290,7 +287,7 @@ def overlay(image: np.ndarray, heat: np.ndarray, opacity: float = 0.6) -> np.nda
     Returns:
         [H, W, 3] uint8 RGB.
     """
-    colors = cv2.applyColorMap((heat * 255).astype(np.uint8), cv2.COLORMAP_TURBO)[..., ::-1]
+    colors = cv2.applyColorMap((heat * 255).astype(np.uint8), cv2.COLORMAP_PLASMA)[..., ::-1]
     alpha = (opacity * heat)[..., None]
     return (image * (1 - alpha) + colors * alpha).astype(np.uint8)
 

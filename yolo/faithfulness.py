@@ -131,7 +131,7 @@ def measure(
         `pointing`: share of maps that peak inside the true box.
         `energy`: share of the heat inside it; `area`: the box's share of the image, what a flat map reaches.
         `zero`: share of empty maps.
-        `similarity_after_reset`: rank correlation with the map of the re-initialised head; `blind` flags a
+        `similarity_after_reset`: `similarity` to the map of the re-initialised head; `blind` flags a
             method whose map hardly changes.
     """
     rng = np.random.default_rng(seed)
@@ -192,10 +192,15 @@ def perturbed(
 
 
 def similarity(heat: np.ndarray, other: np.ndarray) -> float:
-    """Return the rank correlation of two maps in [-1, 1]; 0 if one of them is flat."""
-    if heat.min() == heat.max() or other.min() == other.max():
+    """Return the rank correlation in [-1, 1] of two maps over the pixels that either lights; 0 if one is flat.
+
+    Dark pixels are left out: two maps confined to the same few cells agree on all others, whatever they show.
+    """
+    lit = (heat > 0) | (other > 0)
+    heat, other = heat[lit], other[lit]
+    if not lit.any() or np.ptp(heat) == 0 or np.ptp(other) == 0:
         return 0.0
-    return float(spearmanr(heat, other, axis=None).statistic)
+    return float(spearmanr(heat, other).statistic)
 
 
 def detected_objects(

@@ -107,7 +107,7 @@ def save_panels(panels: Sequence[Panel], path: Path) -> None:
     columns = min(len(panels), PANELS_PER_ROW)
     rows = -(-len(panels) // columns)
     height, width = panels[0].picture.shape[:2]
-    figure = Figure((4 * columns, (4 * height / width + 0.6) * rows), layout="constrained")
+    figure = Figure((4 * columns, (4 * height / width + 0.6) * rows), layout="constrained", dpi=140)
     for i, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, i + 1)
         axes.imshow(panel.picture)
@@ -185,5 +185,5 @@ def _paint(image: np.ndarray, explanation: Explanation, opacity: float) -> np.nd
 def _title(explanation: Explanation, what: str) -> str:
     said = f"score {explanation.score:.2g}, {explanation.layer}"
     if explanation.is_zero:
-        said = "all zero: nothing here speaks for it"
+        said = f"all zero: nothing at {explanation.layer} speaks for it"
     return f"{explanation.method} of {explanation.target}, {what}\n{said}"
