@@ -8,11 +8,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: "errors atomic config cli boxes schedule stopping provenance run_folder",
-    1: "models inference mistakes data metrics ema plots figures explain faithfulness logbook",
+    1: "models inference mistakes data metrics ema plots figures error_grids explain faithfulness logbook",
     2: "loss",
     3: "tasks doctor",
-    4: "checkpoint pretrained mirror export run panels",
-    5: "engine space tuning",
+    4: "evaluation prediction checkpoint pretrained mirror export run panels",
+    5: "demo engine space tuning",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 SCRIPTS = 6

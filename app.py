@@ -1,0 +1,85 @@
+"""Show a model to anyone: detections, heat maps that say why, and what is known about the model.
+
+python app.py                                                     # the bundled digits detector
+python app.py --checkpoint runs/voc-.../checkpoints/....ckpt      # repeat --checkpoint to add a classifier
+python app.py --checkpoint hf://owner/name                        # weights from the Hugging Face Hub
+python app.py --checkpoint C --build-space DIR --samples 12       # a complete folder for a Hugging Face Space
+python app.py --checkpoint C --build-space DIR --push owner/name  # ... and upload it
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import tyro
+
+from yolo import cli
+from yolo.errors import UsageError
+
+HOME = Path(__file__).parent
+SETTINGS = HOME / "app.yaml"  # a Space brings its own along
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppArgs:
+    """What is shown, and where."""
+
+    checkpoint: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A `.ckpt` or `.safetensors` file, or `hf://owner/name`: a detector, a classifier, or both (repeat the
+    flag). Default: what lies in `weights/`."""
+    data_root: str | None = None
+    """Where the test data lies that samples are taken from. Default: as in the training run."""
+    split: str | None = None
+    """The split of the samples. Default: as in the training run."""
+    samples: int = 12
+    """Pictures of the test data to offer."""
+    model_url: str | None = None
+    """Where the model is published. Default: the page of an `hf://` checkpoint."""
+    build_space: str | None = None
+    """Write a folder for Hugging Face Spaces here, and stop."""
+    push: str | None = None
+    """Upload that folder to the Space `owner/name`."""
+    host: str | None = None
+    """Address to listen on. Default: this machine alone."""
+    port: int | None = None
+    """Port to listen on. Default: the first free one from 7860."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, load, then build a Space or serve; return the exit code."""
+    args = cli.parse(AppArgs, argv, __doc__ or "", SETTINGS if SETTINGS.exists() else None)
+
+    if args.push and not args.build_space:
+        raise UsageError("--push uploads the folder that --build-space DIR writes: give that as well")
+
+    from yolo import space
+
+    models = space.load_models(args.checkpoint or space.bundled(HOME / "weights"), args.model_url)
+    data = {key: getattr(args, key) for key in ("data_root", "split") if getattr(args, key) is not None}
+    if args.build_space:
+        folder = space.build(Path(args.build_space), HOME, models, args.samples, data)
+        print(f"{folder} is ready: try it with `cd {folder} && python app.py`")
+        if args.push:
+            print(space.push(folder, args.push))
+        return 0
+
+    with TemporaryDirectory(prefix="yolo-app-") as scratch:
+        os.environ["GRADIO_TEMP_DIR"] = f"{scratch}/files"  # read when gradio is imported
+        from yolo.demo.page import build_page, serve
+
+        samples = {
+            task: space.find_samples(
+                HOME / "samples" / task, Path(scratch) / task, model.loaded, args.samples, data
+            )
+            for task, model in models.items()
+        }
+        serve(build_page(models, samples), models, args.host, args.port)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,1 @@
+"""The web app: what it computes, and its pages."""
