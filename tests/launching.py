@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-PRELOAD = ["train", "yolo.engine", "yolo.run", "yolo.tasks", "torch.utils.tensorboard", "albumentations"]
+PRELOAD = ["train", "yolo.engine", "yolo.tuning", "yolo.pretrained", "torch.utils.tensorboard"]
 
 
 def start_training(
@@ -64,12 +64,15 @@ def _train(argv: list[str], log: str, hook: Callable[[], None] | None, env: dict
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(env)
+    multiprocessing.set_start_method("fork", force=True)  # for the loader: as on its own
     import torch
 
     import train as script
+    from yolo import run as run_module
     from yolo.cli import run
 
     torch.set_num_threads(1)  # tiny networks; and equal results need equal threads
+    run_module.plot_curves = lambda *arguments: None  # two seconds each, and not what is tested here
     if hook:
         hook()
     sys.argv = ["train.py", *argv]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from yolo.config import Config, HardwareConfig
+from yolo.data.collate import init_worker
 from yolo.data.samplers import MultiSizeBatchSampler
 from yolo.ema import Ema
 from yolo.errors import UsageError, UserError
@@ -145,6 +146,10 @@ def introduction(fabric: Fabric, cfg: Config, task: Task, run: Run) -> str:
         lines.append(
             f"hint         {torch.cuda.device_count()} GPUs are visible: --devices auto uses all of them"
         )
+    if cfg.mosaic_prob > 0.75:
+        lines.append("hint         --mosaic-prob 0.5 to 0.75 is advised: no object in a mosaic is large")
+    for split in (task.train_set, task.test.dataset):
+        lines += [f"skipped      {defect}" for defect in split.skipped]
     return "\n".join(lines)
 
 
@@ -524,10 +529,11 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def _worker_settings(fabric: Fabric, cfg: Config, start_method: str | None = None) -> dict[str, Any]:
-    local_ranks = max(1, fabric.world_size // max(1, cfg.num_nodes))
+    local_ranks = fabric.world_size // _world(cfg)[1]
     workers = max(1, available_cpus() // local_ranks) if cfg.workers == "auto" else cfg.workers
     return {
         "num_workers": workers,
+        "worker_init_fn": init_worker,
         "pin_memory": fabric.device.type == "cuda",
         "persistent_workers": workers > 0,
         "multiprocessing_context": start_method if workers else None,

@@ -26,22 +26,20 @@ TIMINGS = frozenset({"seconds", "images_per_second", "data_wait_share", "peak_me
 
 
 class Logbook:
-    """Rank 0's records. On resume, all after the checkpoint is cut: no step is doubled."""
+    """Rank 0's records. What a start of the run before this one wrote too far is cut: no step is doubled."""
 
-    def __init__(self, run_dir: Path, resume_step: int | None = None, evaluation_due: bool = False) -> None:
+    def __init__(self, run_dir: Path, step: int = 0, evaluation_due: bool = False) -> None:
         """Open the records of `run_dir`.
 
         Args:
             run_dir: folder of the run.
-            resume_step: number of optimizer steps done, None for a new run.
+            step: number of optimizer steps done.
             evaluation_due: whether the test after that step is still to come, or to be repeated.
         """
         self.path = run_dir / "metrics.jsonl"
-        if resume_step is not None:
-            _cut(self.path, resume_step, evaluation_due)
+        _cut(self.path, step, evaluation_due)
         self._file = self.path.open("a")
-        purge = None if resume_step is None else resume_step + 1
-        self.tensorboard = SummaryWriter(str(run_dir), purge_step=purge)
+        self.tensorboard = SummaryWriter(str(run_dir), purge_step=step + 1)
 
     def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Append a line `{"kind": "train" | "evaluation", "step": ...}`; numbers go to TensorBoard."""

@@ -122,14 +122,14 @@ class Run:
                     f"note: {path.name} is newer than this start of the run: set aside as {path.name}.aside"
                 )
                 self._mirror_remove(path)
-        self.logbook = Logbook(self.folder.path, state.step if self.resumed else None, state.evaluation_due)
+        self.logbook = Logbook(self.folder.path, state.step, state.evaluation_due)
         self.checkpoints = CheckpointWriter(self.folder.checkpoints, cfg.save_every)
         self._mirror_copy(self.folder.config, *self.folder.schedules(), self.folder.metrics)
 
     def write_plan(self) -> None:
         """Write the schedule as text and as a picture."""
         if self.writes:
-            path = self.folder.next_schedule()
+            path = self.folder.next_schedule() if self.resumed else self.folder.schedule
             write_schedule(self.schedule, path)
             plot_schedule(self.schedule, path.with_suffix(".png"))
             self.say(f"schedule: {path}")

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
 
 from yolo.atomic import replacing
 from yolo.config import Config
 from yolo.data.samplers import MultiSizeBatchSampler
 from yolo.engine import (
+    Fabric,
     gather,
     make_optimizer,
     make_sampler,
@@ -89,16 +89,14 @@ def find_max_lr(fabric: Fabric, scaler: torch.amp.GradScaler | None, task: Task,
     return curve.proposal
 
 
-def run_range_test(
-    fabric: Fabric, scaler: torch.amp.GradScaler | None, task: Task, steps: int = RANGE_STEPS
-) -> LrRange:
+def run_range_test(fabric: Fabric, scaler: torch.amp.GradScaler | None, task: Task) -> LrRange:
     """Train a copy of the model while the learning rate rises; stop when the loss has diverged."""
     trial = dataclasses.replace(task, model=copy.deepcopy(task.model))
     scaler_before = copy.deepcopy(scaler.state_dict()) if scaler else None
     state = make_state(fabric, scaler, task.config, trial)
-    rates = rising_rates(steps)
+    rates = rising_rates(RANGE_STEPS)
     losses: list[float] = []
-    progress = Progress(steps, "learning-rate range test", fabric.is_global_zero)
+    progress = Progress(RANGE_STEPS, "learning-rate range test", fabric.is_global_zero)
     for lr, micro_batches in zip(rates, _endless_steps(fabric, trial), strict=False):
         train_step(fabric, state, trial, micro_batches, lr=lr, beta1=BETA1)
         loss = float(sum_over_ranks(fabric, torch.stack([*state.loss_sums.values()]).sum()))

@@ -1,0 +1,106 @@
+"""Ways to break a training process from inside: hooks for `launching.start_training`."""
+
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from yolo import atomic, checkpoint, engine, tuning
+
+
+def after_step(step: int, act: Callable[[Any], None]) -> None:
+    """Call `act(state)` as soon as optimizer step number `step` is done."""
+    train_step = engine.train_step
+
+    def train_step_then_act(fabric: Any, state: Any, *rest: Any, **options: Any) -> None:
+        train_step(fabric, state, *rest, **options)
+        if state.step == step:
+            act(state)
+
+    engine.train_step = train_step_then_act  # type: ignore[assignment]
+
+
+def kill_after_step(step: int) -> None:
+    """As a power cut or `kill -9` would."""
+    after_step(step, lambda state: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def signal_after_step(step: int, *numbers: int) -> None:
+    """Receive signals."""
+
+    def send(state: Any) -> None:
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            time.sleep(0.05)
+
+    after_step(step, send)
+
+
+def slow_steps(seconds: float) -> None:
+    """Let each optimizer step take longer."""
+    train_step = engine.train_step
+
+    def slow_train_step(*arguments: Any, **options: Any) -> None:
+        time.sleep(seconds)
+        train_step(*arguments, **options)
+
+    engine.train_step = slow_train_step  # type: ignore[assignment]
+
+
+def poison_after_step(step: int) -> None:
+    """Make a weight, and with it every later loss, NaN."""
+
+    def poison(state: Any) -> None:
+        with torch.no_grad():
+            next(state.network.parameters()).fill_(float("nan"))
+
+    after_step(step, poison)
+
+
+def kill_in_save(moment: str, step: int) -> None:
+    """Die inside the save of a step: at half the `write`, before `fsync`, before `rename`, or when `done`."""
+    suffix = f"step{step:06d}"
+    torch_save, flush, replace = torch.save, atomic.flush_to_disk, os.replace
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def half_save(content: Any, file: Any) -> None:
+        torch_save(content, file)
+        if suffix in file.name:
+            file.truncate(file.tell() // 2)
+            file.flush()
+            die()
+
+    def flush_or_die(path: Path) -> None:
+        if suffix in path.name:
+            die()
+        flush(path)
+
+    def replace_or_die(source: Path, target: Path) -> None:
+        if suffix in target.name and moment == "rename":
+            die()
+        replace(source, target)
+        if suffix in target.name and moment == "done":
+            die()
+
+    if moment == "write":
+        checkpoint.torch.save = half_save  # type: ignore[assignment]
+    if moment == "fsync":
+        atomic.flush_to_disk = flush_or_die
+    atomic.os.replace = replace_or_die  # type: ignore[assignment]
+
+
+def limit_file_size(num_bytes: int) -> None:
+    """Let writing fail beyond a size, as on a full disk; root ignores file permissions, but not this."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+
+
+def shorten_range_test(steps: int) -> None:
+    """Let `--find-lr` take fewer steps."""
+    tuning.RANGE_STEPS = steps
