@@ -9,6 +9,7 @@ torchrun --nproc_per_node=4 train.py --config configs/voc.yaml
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # torch takes seconds to import: not before the arguments are known to be right
     from yolo import engine, tuning
     from yolo.checkpoint import find_newest
+    from yolo.doctor import check_data
     from yolo.mirror import Mirror
     from yolo.pretrained import init_weights
     from yolo.run import Run
@@ -75,7 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     fabric, scaler = engine.make_fabric(cfg)
     folder = fabric.broadcast(folder)
     fabric.seed_everything(cfg.seed, verbose=False)
-    task = build_task(cfg)
+    if args.check_data:
+        return 1 if fabric.is_global_zero and check_data(cfg, folder.path, fabric.print) else 0
+    with fabric.rank_zero_first(local=True) if cfg.download else nullcontext():  # one process fetches
+        task = build_task(cfg)
     checkpoint = source
     if resuming and source is None:
         checkpoint = fabric.broadcast(

@@ -3,6 +3,8 @@
 The boxes are those of training samples as they reach the network, so that the mosaic's scaling counts.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from yolo.errors import UserError
 
 NUM_ANCHORS = 9
 MAX_SAMPLES = 2000
+MAX_SHAPES = 8000  # enough for nine means, and clustered in a second
+GOOD_OVERLAP = 0.5  # IoU with its best anchor from which a box counts as recalled
 
 
 def cluster_anchors(dataset: DetectionDataset, cfg: Config) -> tuple[float, ...]:
@@ -26,35 +30,41 @@ def cluster_anchors(dataset: DetectionDataset, cfg: Config) -> tuple[float, ...]
     Raises:
         UserError: if the data set has fewer than nine boxes.
     """
-    shapes = training_shapes(dataset, cfg)
+    shapes = box_shapes(training_boxes(dataset, cfg))
     if len(shapes) < NUM_ANCHORS:
         raise UserError(f"{dataset.name}: nine anchors need at least nine boxes; use --anchors coco")
-    anchors = kmeans(shapes, NUM_ANCHORS)
-    return tuple(round(value, 1) for value in anchors.flatten().tolist())
+    return tuple(round(value, 1) for value in kmeans(shapes, NUM_ANCHORS).flatten().tolist())
 
 
-def training_shapes(dataset: DetectionDataset, cfg: Config, size: int = ANCHOR_REFERENCE_SIZE) -> Tensor:
-    """Return width and height [N, 2] of the boxes in an epoch of `size`-pixel samples, before augmentation.
+def training_boxes(
+    dataset: DetectionDataset, cfg: Config, size: int = ANCHOR_REFERENCE_SIZE
+) -> list[np.ndarray]:
+    """Return the boxes [M, 4] of each of an epoch's `size`-pixel samples, as they are before augmentation.
 
     Samples are planned and not decoded; of a large data set, `MAX_SAMPLES` are taken.
     """
     samples = TrainSamples(dataset, cfg, cfg.seed)
     min_share = cut_threshold(cfg.min_visible)
     order = np.random.default_rng(cfg.seed).permutation(len(dataset))[:MAX_SAMPLES]
-    boxes = [
-        place_boxes(tile, dataset.annotation(tile.index), min_share)[0]
-        for index in order
-        for tile in samples.plan(SampleKey(0, int(index), size))
+    plans = [samples.plan(SampleKey(0, int(index), size)) for index in order]
+    return [
+        np.concatenate([place_boxes(tile, dataset.annotation(tile.index), min_share)[0] for tile in tiles])
+        for tiles in plans
     ]
+
+
+def box_shapes(boxes: list[np.ndarray]) -> Tensor:
+    """Return width and height [N, 2] of the boxes of all samples."""
     corners = torch.from_numpy(np.concatenate(boxes))
     return corners[:, 2:] - corners[:, :2]
 
 
-def kmeans(shapes: Tensor, count: int, max_rounds: int = 300) -> Tensor:
+def kmeans(shapes: Tensor, count: int, max_rounds: int = 100) -> Tensor:
     """Cluster shapes [N, 2] into `count` mean shapes [count, 2], sorted by area; deterministic.
 
     It starts from the shapes at even quantiles of the area.
     """
+    shapes = shapes[:: max(1, len(shapes) // MAX_SHAPES)]
     by_area = shapes[shapes.prod(dim=1).argsort()]
     centres = by_area[((torch.arange(count) + 0.5) / count * len(shapes)).long()]
     nearest = torch.full((len(shapes),), -1)
@@ -72,6 +82,8 @@ def kmeans(shapes: Tensor, count: int, max_rounds: int = 300) -> Tensor:
     return centres[centres.prod(dim=1).argsort()]
 
 
-def best_overlap(shapes: Tensor, anchors: Tensor) -> Tensor:
-    """Return for each shape [N, 2] the IoU [N] with its best anchor [A, 2], both centred on one point."""
-    return shape_iou(shapes[:, None], anchors).amax(dim=1)
+def describe_anchors(shapes: Tensor, anchors: Sequence[float]) -> str:
+    """Say how well anchors (`w, h, w, h, ...`) fit boxes of shapes [N, 2], in the same pixels."""
+    overlap = shape_iou(shapes[:, None], torch.tensor(anchors).reshape(-1, 2)).amax(dim=1)
+    recall = (overlap > GOOD_OVERLAP).float().mean()
+    return f"best possible recall {recall:.1%} at IoU {GOOD_OVERLAP}, mean best IoU {overlap.mean():.3f}"
