@@ -1,58 +1,228 @@
-"""Measure a trained model, or let it predict.
+"""Measure a trained model, score anybody's detections, or let a model answer about pictures.
 
-python evaluate.py --checkpoint runs/digits-.../checkpoints/....ckpt
+python evaluate.py --checkpoint runs/digits-.../checkpoints/....ckpt     # table, plots, results.json
 python evaluate.py --checkpoint C --data-root VOCdevkit --split 2007:test
-python evaluate.py --checkpoint C --images PATH|DIR|GLOB              # annotated pictures, JSON and CSV
+python evaluate.py --checkpoint C --write-detections DIR                    # as comp4_det_<split>_<class>.txt
+python evaluate.py --detections DIR --data-root VOCdevkit --split 2007:test --matching devkit
+python evaluate.py --checkpoint C --images PATH|DIR|GLOB                    # annotated pictures, JSON and CSV
+python evaluate.py --checkpoint C --export model.onnx                       # or model.safetensors
 """
 
 import dataclasses
-import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from yolo import cli
-from yolo.config import HardwareConfig
+from yolo.config import Config, HardwareConfig
+from yolo.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from yolo.checkpoint import LoadedWeights
+    from yolo.metrics.matching import Detections, Objects
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateArgs(HardwareConfig):
     """What to measure; settings of the data that are not given are those of the training run."""
 
-    checkpoint: str
+    checkpoint: str | None = None
     """A `.ckpt` or `.safetensors` file."""
+    detections: str | None = None
+    """Instead of a checkpoint: a folder of `comp4_det_<split>_<class>.txt` of any detector, to be scored."""
+    images: str | None = None
+    """Predict instead of measure: a picture, a folder of pictures, or a glob in quotes."""
+    dataset: Literal["digits", "voc", "csv", "yolo", "cifar10", "images"] | None = None
+    """Layout of the data. With --detections: `voc` by default."""
     data_root: str | None = None
+    """Folder of the data set."""
     split: str | None = None
+    """As in `2007:test`."""
+    classes: str = "auto"
+    """With --detections: `voc`, `auto` (those in the split), or a comma list. A checkpoint knows its own."""
     test_size: int | None = None
+    """Side in pixels of the network input."""
+    batch_size: int | None = None
+    """Images at a time."""
+    score_threshold: float | None = None
+    """Lowest score that enters mAP or, with --images, that is drawn (default there: 0.3)."""
+    iou_threshold: float | None = None
+    """Overlap above which non-maximum suppression drops the weaker box of a class."""
+    max_detections: int | None = None
+    """Most detections kept per image."""
+    matching: Literal["plain", "devkit"] = "plain"
+    """`devkit` wants an IoU above 0.5, `plain` at least 0.5; both count whole pixels, as the devkit does."""
+    mosaic: bool = False
+    """Measure the cells on mosaics of four test images instead of single ones. No mAP."""
+    write_detections: str | None = None
+    """Write the detections into this folder, as the VOC devkit reads them."""
+    skip_bad: bool = False
+    """Leave out unreadable images and broken boxes, and print what was left out."""
+    export: str | None = None
+    """Instead of measuring: write the model as `.onnx` (any batch and size) or `.safetensors`."""
+    fast: bool = False
+    """Fold batch normalisation, and compute in bfloat16 (CPUs that have it) or half precision (GPU)."""
     out_dir: str | None = None
     """Folder of the results. Default: `evaluations/<time>/` in the run folder."""
     debug: bool = False
     """Show the traceback of an error."""
 
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself."""
+        if (self.checkpoint is None) == (self.detections is None):
+            raise UsageError("give --checkpoint FILE, or --detections DIR to score somebody's files")
+        if self.detections and (self.images or self.mosaic or self.write_detections or self.export):
+            raise UsageError(
+                "--detections is scored as it is: --images, --mosaic, --write-detections and --export need a "
+                "--checkpoint"
+            )
+        if self.mosaic and self.write_detections:
+            raise UsageError("--write-detections needs whole images: leave out --mosaic")
+
+    def over(self, trained: Config) -> Config:
+        """Return the configuration of the training with everything that was given here."""
+        names = {field.name for field in dataclasses.fields(Config)} - {"classes"}
+        given = {name: getattr(self, name, None) for name in names}
+        return dataclasses.replace(
+            trained, **{name: value for name, value in given.items() if value is not None}
+        )
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, load, measure, print; return the exit code."""
+    """Parse, load, measure or predict; return the exit code."""
     args = cli.parse(EvaluateArgs, argv, __doc__ or "")
+    if args.detections is not None:
+        return score_files(args)
 
-    from yolo import engine
     from yolo.checkpoint import load_weights
-    from yolo.logbook import summary_lines
+
+    loaded = load_weights(Path(args.checkpoint or ""))
+    if args.export:
+        from yolo.export import export
+
+        print(export(loaded, Path(args.export)))
+        return 0
+    return predict_pictures(args, loaded) if args.images else measure(args, loaded)
+
+
+def measure(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
+    """Run the model over the test split; write and print everything that is known about it."""
+    from yolo import engine
+    from yolo.evaluation import on_mosaics
+    from yolo.inference import prepare
+    from yolo.metrics.interchange import write_detections
     from yolo.tasks import build_test
 
-    loaded = load_weights(Path(args.checkpoint))
-    given = {
-        field.name: getattr(args, field.name)
-        for field in dataclasses.fields(args)
-        if field.name in loaded.config.to_dict() and getattr(args, field.name) is not None
-    }
-    cfg = dataclasses.replace(loaded.config, **given)
+    cfg = args.over(loaded.config)
     fabric, _ = engine.make_fabric(cfg)
     test = build_test(cfg, loaded.class_names, loaded.anchors)
+    if args.mosaic:
+        test = on_mosaics(test, cfg)
+    metrics: Any = test.metrics(True)
+    test = dataclasses.replace(test, metrics=lambda full: metrics)  # keeps the detections, not only their mAP
     loader = engine.make_test_loader(fabric, cfg, test)
-    results = engine.evaluate(fabric, loaded.model.to(fabric.device), test, loader, full=True)
-    fabric.print("\n".join(summary_lines(results, [("data", test.dataset.name)])))
-    fabric.print(json.dumps({key: value for key, value in results.items() if isinstance(value, float)}))
+    model = prepare(loaded.model, fabric.device, fast=args.fast, compiled=args.compile)
+    results = engine.evaluate(fabric, model, test, loader, full=True)
+    if not fabric.is_global_zero or results is None:
+        return 0
+    results |= {
+        "checkpoint": str(loaded.path),
+        "checkpoint_digest": loaded.digest,
+        "weights": "ema",
+        "loader": "mosaics of four test images" if args.mosaic else "single test images",
+        "test_size": cfg.resolved_test_size,
+        "precision": engine.pick_precision(cfg.precision, fabric.device.type)[0],
+        "fast": args.fast,
+        "thresholds": {
+            key: getattr(cfg, key) for key in ("score_threshold", "iou_threshold", "max_detections")
+        },
+    }
+    found = getattr(metrics, "detections", None)
+    if args.write_detections and found:
+        folder = Path(args.write_detections)
+        write_detections(folder, found.detections(), test.dataset, cfg.split.split(":")[-1])
+    mistakes = test.mistakes(loaded.model, metrics)
+    pictures = {} if mistakes is None else {"mistakes": mistakes}
+    report(args, results, test.dataset, *((found.detections(), found.objects()) if found else ()), **pictures)
     return 0
+
+
+def score_files(args: EvaluateArgs) -> int:
+    """Score the devkit files of any detector against a data set."""
+    from yolo.data.sources import named_classes, open_dataset
+    from yolo.metrics.average_precision import load_objects
+    from yolo.metrics.interchange import read_detections
+
+    cfg = args.over(Config(dataset="voc", classes=args.classes))
+    dataset = open_dataset(cfg, cfg.split, named_classes(cfg))
+    detections = read_detections(Path(args.detections or ""), dataset)
+    results = {"detections": args.detections, "image_count": len(dataset)}
+    report(args, results, dataset, detections, load_objects(dataset, range(len(dataset))))
+    return 0
+
+
+def report(
+    args: EvaluateArgs,
+    results: dict[str, Any],
+    dataset: Any,
+    detections: "Detections | None" = None,
+    objects: "Objects | None" = None,
+    **pictures: "np.ndarray",
+) -> None:
+    """Complete the results by what the detections tell, write them with all pictures, print the table."""
+    from yolo.error_grids import error_grids
+    from yolo.evaluation import table, write_evaluation
+    from yolo.metrics.report import detection_report
+    from yolo.provenance import provenance
+
+    if detections is not None and objects is not None:
+        results |= detection_report(detections, objects, dataset.class_names, args.matching)
+        results["matching"] = args.matching
+        pictures |= error_grids(dataset, detections, objects, args.matching)
+    finished = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    results |= {"data": dataset.name, "skipped": len(dataset.skipped), "finished": finished, **provenance()}
+    folder = output_folder(args, "evaluations")
+    write_evaluation(folder, results, pictures)
+    source = ", ".join(str(results[key]) for key in ("data", "loader") if key in results)
+    print(table(results, [("data", f"{source}: {results['image_count']} images"), ("written to", folder)]))
+
+
+def predict_pictures(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
+    """Let the model answer about pictures; return 1 if some could not be read."""
+    from yolo import engine
+    from yolo.data.pictures import list_pictures
+    from yolo.inference import prepare
+    from yolo.metrics.report import SHOWN_SCORE
+    from yolo.prediction import Predictor, predict_files, write_predictions
+
+    paths = list_pictures(args.images or "")
+    cfg = args.over(loaded.config)
+    fabric, _ = engine.make_fabric(cfg)
+    model = prepare(loaded.model, fabric.device, fast=args.fast, compiled=args.compile)
+    threshold = SHOWN_SCORE if args.score_threshold is None else args.score_threshold
+    predictor = Predictor(
+        dataclasses.replace(loaded, config=cfg),
+        lambda images: engine.predict(fabric, model, images),
+        threshold,
+    )
+    folder = output_folder(args, "predictions")
+    answers = predict_files(predictor, paths, folder, print)
+    write_predictions(answers, folder)
+    print(f"{len(answers)} of {len(paths)} pictures: see {folder}")
+    return 0 if len(answers) == len(paths) else 1
+
+
+def output_folder(args: EvaluateArgs, kind: str) -> Path:
+    """Return `--out-dir`, or a new folder in the run that the checkpoint belongs to."""
+    if args.out_dir is not None:
+        return Path(args.out_dir)
+    checkpoint = Path(args.checkpoint or "")
+    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else Path("runs")
+    return run / kind / time.strftime("%Y%m%d-%H%M%S")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def evaluation_figures(results: Results) -> dict[str, np.ndarray]:
         RGB uint8 images [H, W, 3] by name.
     """
     drawings: dict[str, tuple[str, Callable[[Results], Figure]]] = {
-        "threshold_sweep": ("threshold_sweep", threshold_sweep),
+        "threshold_sweep": ("object_accuracy", threshold_sweep),
         "precision_recall": ("precision_recall", precision_recall_curves),
         "ap_per_class": ("map_50", ap_per_class),
         "ap_by_size": ("by_size", ap_by_size),
@@ -60,7 +60,11 @@ def evaluation_figures(results: Results) -> dict[str, np.ndarray]:
         "reliability": ("calibration", reliability),
     }
     with matplotlib.rc_context(STYLE):
-        return {name: _pixels(draw(results)) for name, (key, draw) in drawings.items() if results.get(key)}
+        return {
+            name: _pixels(draw(results))
+            for name, (key, draw) in drawings.items()
+            if results.get(key) not in (None, {})
+        }
 
 
 def save_figures(figures: Mapping[str, np.ndarray], folder: Path) -> None:
@@ -77,6 +81,7 @@ def threshold_sweep(results: Results) -> Figure:
     found, silent, fired = (
         sweep[name] for name in ("object_accuracy", "no_object_accuracy", "false_cells_per_image")
     )
+    headline = int(np.argmin(np.abs(sweep["threshold"] - 0.05)))
     figure = Figure(figsize=(9.6, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for (name, (x, y)), color in zip(GOALS.items(), (ORANGE, GREEN), strict=True):
@@ -92,7 +97,7 @@ def threshold_sweep(results: Results) -> Figure:
             f" {fired[k]:.3g} at {threshold:g}", (threshold, max(fired[k], 1e-3)), (4, 4), **_OFFSET
         )
     left.set(title="Objectness over all thresholds", xlabel="object accuracy", ylabel="no-object accuracy")
-    left.set(xlim=(0, 1.01), ylim=(min(0.9, max(silent.min(), 0.7)), 1.002))
+    left.set(xlim=(0, 1.01), ylim=(min(0.9, silent[headline] - 0.03), 1.002))
     left.legend(loc="lower left", title="object / no-object accuracy", alignment="left")
     _as_percent(left.xaxis, left.yaxis)
     right.plot(sweep["threshold"], np.where(fired > 0, fired, np.nan), color=BLUE, linewidth=2)
@@ -246,7 +251,8 @@ def picture_grid(tiles: Sequence[tuple[np.ndarray, str]], title: str, columns: i
     """
     rows = max(1, -(-len(tiles) // columns))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(2.4 * columns, 2.6 * rows + 0.4), layout="constrained")
+        shape = max(image.shape[0] / image.shape[1] for image, _ in tiles)
+        figure = Figure(figsize=(2.4 * columns, (2.2 * shape + 0.4) * rows + 0.4), layout="constrained")
         figure.suptitle(title, fontweight="bold")
         for axes in figure.subplots(rows, columns, squeeze=False).flat:
             axes.set_axis_off()

@@ -47,7 +47,7 @@ def _draw_box(canvas: np.ndarray, box: np.ndarray, text: str, color: tuple[int, 
     font_scale = float(np.clip(min(height, width) / 900, 0.35, 1.2))
     limit = [width - 1, height - 1] * 2
     left, top, right, bottom = (int(v) for v in np.clip(box.round() - [0, 0, 1, 1], 0, limit))
-    cv2.rectangle(canvas, (left, top), (right, bottom), color, thickness, cv2.LINE_AA)
+    cv2.rectangle(canvas, (left, top), (right, bottom), color, thickness)
     (text_width, text_height), descent = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, font_scale, 1)
     tag_width, tag_height = text_width + 4, text_height + descent + 2
     left = max(0, min(left, width - tag_width))
