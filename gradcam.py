@@ -54,7 +54,7 @@ class GradcamArgs:
     """Box in pixels of an object that was not found: explain the cell responsible for it."""
     score_threshold: float = 0.3
     """Lowest score of a detection."""
-    opacity: float = 0.6
+    opacity: float = 0.7
     """Of the hottest pixel."""
     evaluate: bool = False
     """Measure the maps on a test split: pointing game, energy, deletion, insertion, re-initialised head."""

@@ -28,9 +28,8 @@ from yolo.models.resnet import ResNet
 from yolo.models.yolov3 import STRIDES, YoloV3
 
 Module = TypeVar("Module", bound=nn.Module)
-Value = Callable[
-    [Tensor], Tensor
-]  # from raw predictions [..., 5 + C] or logits to the number that is explained
+# From raw predictions [..., 5 + C], or logits, to the number that is explained.
+Value = Callable[[Tensor], Tensor]
 
 METHODS: dict[str, type[BaseCAM]] = {
     "gradcam": GradCAM,
@@ -276,19 +275,20 @@ def from_letterbox(heat: np.ndarray, place: Letterbox, height: int, width: int) 
     return cv2.resize(inside, (width, height))
 
 
-def overlay(image: np.ndarray, heat: np.ndarray, opacity: float = 0.6) -> np.ndarray:
+def overlay(image: np.ndarray, heat: np.ndarray, opacity: float = 0.7) -> np.ndarray:
     """Paint a heat map over its image; where the heat is zero the image stays as it is.
 
     Args:
         image: [H, W, 3] uint8 RGB.
         heat: [H, W] in [0, 1].
-        opacity: of the hottest pixel, in [0, 1].
+        opacity: of the hottest pixel, in [0, 1]; it falls with the square root of the heat.
 
     Returns:
         [H, W, 3] uint8 RGB.
     """
-    colors = cv2.applyColorMap((heat * 255).astype(np.uint8), cv2.COLORMAP_PLASMA)[..., ::-1]
-    alpha = (opacity * heat)[..., None]
+    bright = (heat * (0.85 * 255)).astype(np.uint8)  # the colours end in a red too dark for a peak
+    colors = cv2.applyColorMap(bright, cv2.COLORMAP_TURBO)[..., ::-1]
+    alpha = opacity * np.sqrt(heat)[..., None]
     return (image * (1 - alpha) + colors * alpha).astype(np.uint8)
 
 
@@ -423,9 +423,9 @@ def _tail_maps(trace: Trace, tail: Tail, values: Sequence[Value], method: str) -
 
 def _in_original(heat: np.ndarray, trace: Trace) -> tuple[np.ndarray, bool]:
     """Return a map of the canvas over the original image, its peak set to 1; also say whether it is zero."""
-    over_image = from_letterbox(heat / max(heat.max(), ZERO), trace.place, trace.height, trace.width)
+    over_image = from_letterbox(heat, trace.place, trace.height, trace.width)
     is_zero = not over_image.max() > ZERO
-    return np.zeros_like(over_image) if is_zero else over_image, is_zero
+    return np.zeros_like(over_image) if is_zero else over_image / heat.max(), is_zero
 
 
 def _start_scales(layer: str, end: int) -> list[int]:

@@ -192,7 +192,7 @@ def perturbed(
 
 
 def similarity(heat: np.ndarray, other: np.ndarray) -> float:
-    """Return the rank correlation in [-1, 1] of two maps over the pixels that either lights; 0 if one is flat.
+    """Return the rank correlation of two maps over the pixels that either lights; 0 if one is flat there.
 
     Dark pixels are left out: two maps confined to the same few cells agree on all others, whatever they show.
     """

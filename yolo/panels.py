@@ -44,7 +44,7 @@ class Question:
     label: int | None = None  # this class: over the whole image, or of the missed object
     missed: tuple[float, ...] | None = None  # xyxy pixels of an object that was not found
     score_threshold: float = 0.3  # of a detection
-    opacity: float = 0.6
+    opacity: float = 0.7
 
 
 def detector_panels(loaded: LoadedWeights, image: np.ndarray, question: Question) -> list[Panel]:
