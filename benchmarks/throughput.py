@@ -1,13 +1,18 @@
 """How fast the parts are. Prints tables and asserts nothing.
 
-python benchmarks/throughput.py loader                                     # on the digits python
-benchmarks/throughput.py loader --data-root BCCD --config configs/voc.yaml --train-split trainval --skip-bad
+python benchmarks/throughput.py                              # the table of the network, with physical limits
+python benchmarks/throughput.py training --width 0.25 --compile         # one part of it, with other settings
+python benchmarks/throughput.py loader                      # on the digits
+python benchmarks/throughput.py gradcam                     # ten boxes of an image explained
+python benchmarks/throughput.py map                         # detections scored
+python benchmarks/throughput.py loader --data-root BCCD --config configs/voc.yaml --train-split trainval
 """
 
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -82,13 +87,101 @@ def _images_per_second(batches: Iterator[int], seconds: float, warm_up: int = 10
     return count / elapsed
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"loader": bench_loader}
+@dataclass(frozen=True, kw_only=True)
+class NetworkArgs:
+    """What the network is measured with."""
+
+    width: float = 1.0
+    """Factor on every channel count."""
+    size: int = 416
+    """Side of the images in pixels."""
+    batch: int = 8
+    """Images of a training step."""
+    repeats: int = 3
+    """Timed training steps; the median counts."""
+    compile: bool = False
+    """Also with torch.compile, which takes minutes to start."""
+
+
+def bench_network(part: str, words: Sequence[str]) -> None:
+    """Print one part of the table, or all of it, beside what this machine could do at best."""
+    args = cli.parse(NetworkArgs, words, "What the network costs beside the physical limit.")
+    import speed
+
+    compiled = (False, True) if args.compile else (False,)
+    parts = {
+        "training": lambda: speed.training_rows(args.width, args.size, args.batch, args.repeats, compiled),
+        "inference": lambda: speed.inference_rows(args.width, args.size, (1, 8), args.compile),
+        "answers": lambda: speed.answer_rows(args.width, args.size),
+        "start": speed.start_rows,
+    }
+    print(speed.machine(), speed.HEADER, sep="\n\n", flush=True)
+    for name in parts if part == "all" else [part]:
+        for row in parts[name]():
+            print(row.line(), flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradcamArgs:
+    """What is explained."""
+
+    width: float = 1.0
+    """Factor on every channel count."""
+    size: int = 416
+    """Side of the image in pixels."""
+    boxes: int = 10
+    """Explained boxes, spread over the scales."""
+    repeats: int = 5
+    """Timed repetitions; the median counts."""
+
+
+def bench_gradcam(words: Sequence[str]) -> None:
+    """Print the seconds of a forward and all its boxes explained, beside the library once per box."""
+    args = cli.parse(GradcamArgs, words, "Seconds for an image with all its boxes explained.")
+    import explaining
+
+    for line in explaining.lines(args.width, args.size, args.boxes, args.repeats):
+        print(line, flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapArgs:
+    """What is scored."""
+
+    images: int = 4952
+    """Images, three objects on each: the default is VOC 2007 test."""
+    detections: int = 250_000
+    """Detections on all images together."""
+    classes: int = 20
+    """Classes."""
+    repeats: int = 5
+    """Timed repetitions; the median counts."""
+    compare: bool = False
+    """Also time torchmetrics with faster-coco-eval."""
+
+
+def bench_map(words: Sequence[str]) -> None:
+    """Print the seconds and the memory of scoring random detections."""
+    args = cli.parse(MapArgs, words, "Seconds and memory of scoring detections.")
+    import scoring
+
+    for line in scoring.lines(args.images, args.detections, args.classes, args.repeats, args.compare):
+        print(line, flush=True)
+
+
+NETWORK_PARTS = ("all", "training", "inference", "answers", "start")
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "loader": bench_loader,
+    "gradcam": bench_gradcam,
+    "map": bench_map,
+    **{part: partial(bench_network, part) for part in NETWORK_PARTS},
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one of the benchmarks."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] not in COMMANDS:
+    words = cli.command_line(argv) or ["all"]
+    if words[0] not in COMMANDS:
         print(f"{__doc__}\nbenchmarks: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     COMMANDS[words[0]](words[1:])

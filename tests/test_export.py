@@ -14,7 +14,7 @@ from yolo.checkpoint import LoadedWeights, load_weights
 from yolo.config import COCO_ANCHORS, Config
 from yolo.errors import UsageError, UserError
 from yolo.export import PARITY, export
-from yolo.inference import fast_dtype, fuse, make_fast, require_compiler
+from yolo.inference import fast_dtype, fuse, make_fast, prepare, require_compiler
 from yolo.models.darknet import Darknet53
 from yolo.models.resnet import ResNet
 from yolo.models.yolov3 import YoloV3, decode, make_anchors
@@ -174,7 +174,7 @@ def test_compiling_without_a_compiler_is_refused(
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setitem(os.environ, "PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"needs a C\+\+ compiler \(g\+\+ or clang\+\+"):
-        make_fast(detector.model, torch.float32, compiled=True)
+        prepare(detector.model, torch.device("cpu"), compiled=True)
 
 
 @pytest.mark.slow
@@ -182,5 +182,5 @@ def test_the_compiled_form_equals_eager(classifier: LoadedWeights) -> None:
     require_compiler()
     images = torch.rand(4, 3, 32, 32)
     with torch.inference_mode():
-        compiled = make_fast(classifier.model, torch.float32, compiled=True)(images)
+        compiled = prepare(classifier.model, torch.device("cpu"), compiled=True)(images)
         torch.testing.assert_close(compiled, classifier.model(images), rtol=1e-4, atol=1e-4)

@@ -29,22 +29,32 @@ class FastModel(nn.Module):
         return outputs.float() if isinstance(outputs, Tensor) else [output.float() for output in outputs]
 
 
-def make_fast(model: nn.Module, dtype: torch.dtype, *, compiled: bool = False) -> nn.Module:
-    """Return a copy of a network in eval mode for prediction alone: fused, in `dtype`, channels_last.
+def prepare(
+    model: nn.Module, device: torch.device, *, fast: bool = False, compiled: bool = False
+) -> nn.Module:
+    """Move a trained network to the device that it predicts on, in the form that was asked for.
 
     Args:
-        model: the trained network; left as it is.
-        dtype: of weights and activations; `fast_dtype` knows what the device computes well.
-        compiled: also torch.compile it; the first batch of each new image size waits for that.
+        model: in eval mode.
+        device: where it will run.
+        fast: fold batch normalisation and compute in `fast_dtype`.
+        compiled: torch.compile it; the first batch of each new image size waits for that.
 
     Raises:
         UserError: if `compiled` and there is no C++ compiler.
     """
-    fast = FastModel(fuse(model), dtype).eval()
+    model = model.to(device)
+    if fast:
+        model = make_fast(model, fast_dtype(device))
     if not compiled:
-        return fast
+        return model
     require_compiler()
-    return torch.compile(fast, dynamic=False)  # type: ignore[return-value]
+    return torch.compile(model, dynamic=False)  # type: ignore[return-value]
+
+
+def make_fast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a copy of a network in eval mode for prediction alone: fused, in `dtype`, channels_last."""
+    return FastModel(fuse(model), dtype).eval()
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
