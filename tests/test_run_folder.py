@@ -1,0 +1,83 @@
+"""Where a run writes, and what it continues."""
+
+import pytest
+
+from yolo.errors import UsageError
+from yolo.logbook import Progress, duration, summary_lines
+from yolo.run_folder import RunFolder, find_run_folder, list_checkpoints
+
+
+def make_run(path, steps=(), results=False):
+    folder = RunFolder(path)
+    folder.checkpoints.mkdir(parents=True)
+    folder.metrics.write_text("")
+    for step in steps:
+        (folder.checkpoints / f"epoch{step // 10:03d}-step{step:06d}-lr1.000e-03.ckpt").write_text("")
+    if results:
+        folder.results.write_text("{}")
+    return folder
+
+
+def test_checkpoints_are_listed_by_step_and_strangers_are_left_out(tmp_path):
+    folder = make_run(tmp_path, steps=(30, 5, 1000000))
+    (folder.checkpoints / "notes.ckpt").write_text("")
+    assert [path.name.split("-")[1] for path in list_checkpoints(folder.checkpoints)] == [
+        "step000005",
+        "step000030",
+        "step1000000",
+    ]
+
+
+def test_resume_auto_takes_the_newest_unfinished_run_of_that_configuration(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "runs" / "voc-20260101-000000", steps=(1,))
+    make_run(tmp_path / "runs" / "voc-20260102-000000", steps=(1,))
+    make_run(tmp_path / "runs" / "voc-20260103-000000", steps=(1,), results=True)
+    make_run(tmp_path / "runs" / "digits-20260104-000000", steps=(1,))
+    folder, source, resuming = find_run_folder("voc", None, "auto")
+    assert folder.path.name == "voc-20260102-000000"
+    assert source is None
+    assert resuming
+
+
+def test_a_new_run_is_named_after_its_configuration_and_the_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder, source, resuming = find_run_folder("voc", None, None)
+    assert folder.path.parent.name == "runs"
+    assert folder.path.name.startswith("voc-")
+    assert (source, resuming) == (None, False)
+
+
+def test_resuming_a_checkpoint_writes_into_its_own_run(tmp_path):
+    run = make_run(tmp_path / "run", steps=(7,))
+    [checkpoint] = list_checkpoints(run.checkpoints)
+    folder, source, _ = find_run_folder("voc", None, str(checkpoint))
+    assert folder.path == run.path
+    assert source == checkpoint
+
+
+def test_a_folder_with_a_run_is_refused_unless_it_is_resumed(tmp_path):
+    make_run(tmp_path / "run", steps=(7,))
+    with pytest.raises(UsageError, match="--resume auto"):
+        find_run_folder("voc", str(tmp_path / "run"), None)
+    assert find_run_folder("voc", str(tmp_path / "run"), "auto")[0].path == tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0s"), (59.6, "1m00s"), (61, "1m01s"), (3599, "59m59s"), (11225, "3h07m")]
+)
+def test_durations_are_short(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_the_closing_table_leaves_out_what_was_not_measured():
+    lines = summary_lines({"map_50": 0.5, "object_accuracy": None}, [("run folder", "runs/x")])
+    assert [line.split() for line in lines] == [["mAP@0.5", "(area)", "0.5000"], ["run", "folder", "runs/x"]]
+
+
+def test_progress_prints_plain_lines_where_there_is_no_terminal(capsys):
+    progress = Progress(3, "epoch 1/2", enabled=True)
+    progress.update()
+    progress.note("loss 1.0")
+    Progress(3, "epoch 1/2", enabled=False).note("silent")
+    assert capsys.readouterr().out == "epoch 1/2: loss 1.0\n"
