@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -25,9 +26,16 @@ def start_training(
         hook: called in the process before training starts, to break something.
         env: added to the process's environment.
     """
+    return start_process(partial(_train, list(argv), hook), log, env=env)
+
+
+def start_process(
+    target: Callable[[], None], log: Path, *, env: Mapping[str, str] | None = None
+) -> BaseProcess:
+    """Call `target` in a process of its own that prints into `log`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    process = context.Process(target=_train, args=(list(argv), str(log), hook, dict(env or {})))
+    process = context.Process(target=_run, args=(target, str(log), dict(env or {})))
     process.start()
     return process
 
@@ -59,7 +67,7 @@ def rank_env(rank: int, world_size: int, port: int) -> dict[str, str]:
     return {name: str(value) for name, value in values.items()}
 
 
-def _train(argv: list[str], log: str, hook: Callable[[], None] | None, env: dict[str, str]) -> None:
+def _run(target: Callable[[], None], log: str, env: dict[str, str]) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -67,13 +75,17 @@ def _train(argv: list[str], log: str, hook: Callable[[], None] | None, env: dict
     multiprocessing.set_start_method("fork", force=True)  # for the loader: as on its own
     import torch
 
-    import train as script
-    from yolo import run as run_module
-    from yolo.cli import run
-
     torch.set_num_threads(1)  # tiny networks; and equal results need equal threads
-    run_module.plot_curves = lambda *arguments: None  # two seconds each, and not what is tested here
+    target()
+
+
+def _train(argv: list[str], hook: Callable[[], None] | None) -> None:
+    import train as script
+    from yolo import run
+    from yolo.cli import run as run_script
+
+    run.plot_curves = lambda *arguments: None  # two seconds each, and not what is tested here
     if hook:
         hook()
     sys.argv = ["train.py", *argv]
-    run(script.main)
+    run_script(script.main)
