@@ -32,6 +32,7 @@ from yolo.errors import UserError
 from yolo.logbook import Progress
 from yolo.tasks import Task
 
+GPU_BATCH, CPU_BATCH = 256, 16  # largest micro-batches that are tried
 RANGE_STEPS = 100
 LOWEST_LR, HIGHEST_LR = 1e-7, 1.0
 BETA1 = 0.9
@@ -91,6 +92,7 @@ def find_max_lr(fabric: Fabric, scaler: torch.amp.GradScaler | None, task: Task,
 
 def run_range_test(fabric: Fabric, scaler: torch.amp.GradScaler | None, task: Task) -> LrRange:
     """Train a copy of the model while the learning rate rises; stop when the loss has diverged."""
+    _move_to_device(fabric, task)
     trial = dataclasses.replace(task, model=copy.deepcopy(task.model))
     scaler_before = copy.deepcopy(scaler.state_dict()) if scaler else None
     state = make_state(fabric, scaler, task.config, trial)
@@ -127,14 +129,15 @@ def smooth(losses: list[float]) -> list[float]:
 def find_batch_size(fabric: Fabric, cfg: Config, task: Task, largest: int | None = None) -> int:
     """Return the largest global batch whose micro-batches fit on every rank at the largest image size.
 
-    Micro-batches are powers of two up to `largest`: 256, and 16 without a GPU, where more does not pay.
+    Micro-batches are powers of two up to `largest`: 256 by default, 16 without a GPU, where more does not pay.
 
     Raises:
         UserError: if not even one image fits.
     """
     from accelerate.utils import find_executable_batch_size
 
-    top = largest or (256 if fabric.device.type == "cuda" else 16)
+    _move_to_device(fabric, task)
+    top = largest or (GPU_BATCH if fabric.device.type == "cuda" else CPU_BATCH)
     sizes = [2**power for power in range(int(math.log2(top)), -1, -1)]
     smaller = iter([*sizes[1:], 0])
 
@@ -156,6 +159,12 @@ def find_batch_size(fabric: Fabric, cfg: Config, task: Task, largest: int | None
             "--img-sizes or --width"
         )
     return micro_batch * fabric.world_size * cfg.grad_accum_steps
+
+
+def _move_to_device(fabric: Fabric, task: Task) -> None:
+    """Targets are assigned where the criterion or, for a classifier, the model lies."""
+    task.model.to(fabric.device)
+    task.criterion.to(fabric.device)
 
 
 def _try_micro_batch(fabric: Fabric, cfg: Config, task: Task, batch_size: int) -> None:
