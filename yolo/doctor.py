@@ -14,8 +14,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from yolo.boxes import shape_iou
-from yolo.config import ANCHOR_REFERENCE_SIZE, Config, anchor_sizes
-from yolo.data.anchors import box_shapes, cluster_anchors, describe_anchors, training_boxes
+from yolo.config import ANCHOR_REFERENCE_SIZE, COCO_ANCHORS, Config, anchor_sizes
+from yolo.data.anchors import box_shapes, cluster_anchors, compare_anchors, training_boxes
 from yolo.data.collate import MosaicCollate, TrainSamples
 from yolo.data.dataset import DetectionDataset
 from yolo.data.samplers import SampleKey
@@ -146,19 +146,15 @@ def _boxes_and_images(dataset: DetectionDataset, label: int) -> str:
 def _anchors(dataset: DetectionDataset, cfg: Config, clustered: Sequence[float]) -> str:
     """Return a histogram of box sizes against the anchors, and what clustered anchors would gain."""
     shapes = box_shapes(training_boxes(dataset, cfg))
-    anchors = anchor_sizes(cfg.anchors) or anchor_sizes("coco")
-    assert anchors is not None
+    anchors = anchor_sizes(cfg.anchors) or COCO_ANCHORS
     pairs = torch.tensor(anchors).reshape(-1, 2)
     counts = shape_iou(shapes[:, None], pairs).argmax(dim=1).bincount(minlength=len(pairs)).tolist()
     lines = [f"{len(shapes)} boxes of training samples by best anchor, pixels of {ANCHOR_REFERENCE_SIZE}:"]
     for (width, height), count in zip(pairs.tolist(), counts, strict=True):
         lines.append(f"{width:>7.1f} x {height:<6.1f} {count:>7} {'#' * round(BAR * count / max(counts))}")
-    lines += [
-        f"these anchors: {describe_anchors(shapes, anchors)}",
-        f"--anchors auto: {describe_anchors(shapes, clustered)}",
-        f"    = --anchors {','.join(f'{value:g}' for value in clustered)}",
-    ]
-    return "\n".join(lines) + "\n"
+    configured = {} if cfg.anchors in ("coco", "auto") else {"as configured": anchors}
+    candidates = {"coco": COCO_ANCHORS, **configured, "auto": clustered}
+    return "\n".join([*lines, *compare_anchors(shapes, candidates)]) + "\n"
 
 
 def _collisions(dataset: DetectionDataset, cfg: Config, anchors: Sequence[float]) -> str:

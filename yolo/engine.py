@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from yolo.config import Config, HardwareConfig
+from yolo.data.anchors import anchors_gained
 from yolo.data.collate import init_worker
 from yolo.data.samplers import MultiSizeBatchSampler
 from yolo.ema import Ema
@@ -148,6 +149,8 @@ def introduction(fabric: Fabric, cfg: Config, task: Task, run: Run) -> str:
         )
     if cfg.mosaic_prob > 0.75:
         lines.append("hint         --mosaic-prob 0.5 to 0.75 is advised: no object in a mosaic is large")
+    if cfg.anchors == "auto" and task.anchors is not None:
+        lines += [f"anchors      {line}" for line in anchors_gained(task.train_set, cfg)]
     for split in (task.train_set, task.test.dataset):
         lines += [f"skipped      {defect}" for defect in split.skipped]
     return "\n".join(lines)

@@ -3,14 +3,14 @@
 The boxes are those of training samples as they reach the network, so that the mosaic's scaling counts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from yolo.boxes import shape_iou
-from yolo.config import ANCHOR_REFERENCE_SIZE, Config
+from yolo.config import ANCHOR_REFERENCE_SIZE, COCO_ANCHORS, Config
 from yolo.data.collate import TrainSamples
 from yolo.data.dataset import DetectionDataset
 from yolo.data.mosaic import place_boxes
@@ -87,3 +87,17 @@ def describe_anchors(shapes: Tensor, anchors: Sequence[float]) -> str:
     overlap = shape_iou(shapes[:, None], torch.tensor(anchors).reshape(-1, 2)).amax(dim=1)
     recall = (overlap > GOOD_OVERLAP).float().mean()
     return f"best possible recall {recall:.1%} at IoU {GOOD_OVERLAP}, mean best IoU {overlap.mean():.3f}"
+
+
+def anchors_gained(dataset: DetectionDataset, cfg: Config) -> list[str]:
+    """Return two lines: how well the usual anchors fit the training boxes, and how well clustered ones do."""
+    shapes = box_shapes(training_boxes(dataset, cfg))
+    return compare_anchors(shapes, {"coco": COCO_ANCHORS, "auto": cluster_anchors(dataset, cfg)})
+
+
+def compare_anchors(shapes: Tensor, anchors: Mapping[str, Sequence[float]]) -> list[str]:
+    """Return a line for each set of anchors: how well it fits boxes of shapes [N, 2], and its numbers."""
+    return [
+        f"--anchors {name}: {describe_anchors(shapes, sizes)} ({','.join(f'{size:g}' for size in sizes)})"
+        for name, sizes in anchors.items()
+    ]

@@ -48,8 +48,8 @@ def build_transforms(cfg: AugmentConfig, mosaic: bool) -> A.Compose:
             A.Affine(
                 scale=scale,
                 translate_percent=(-shift, shift),
-                rotate=(-5, 5),
-                shear=(-3, 3),
+                rotate=(-3, 3),
+                shear=(-2, 2),
                 keep_ratio=True,
                 interpolation=cv2.INTER_LINEAR,
                 fill=FILL,
