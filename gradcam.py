@@ -40,8 +40,9 @@ class GradcamArgs:
     """A picture, a folder of pictures, or a glob in quotes."""
     output: str | None = None
     """PNG for one picture, folder for several and for --evaluate. Default: `gradcam.png` or `gradcam/`."""
-    method: str = "gradcam"
-    """gradcam, gradcam++, xgradcam, hirescam, layercam, eigencam; several with commas for side by side."""
+    method: str | None = None
+    """gradcam, gradcam++, xgradcam, hirescam, layercam, eigencam; several with commas for side by side.
+    Default: hirescam for a detector, gradcam for a classifier."""
     target: Literal["class", "object", "score"] = "class"
     """What is differentiated: the class's logit, the objectness logit, or the log of the score."""
     box: int | Literal["all"] = 0
@@ -143,7 +144,7 @@ def make_question(args: GradcamArgs, loaded: "LoadedWeights") -> "Question":
     if args.missed and loaded.task == "classification":
         raise UsageError("--missed: a classifier has no boxes; give a detector as --checkpoint")
     return Question(
-        methods=tuple(args.method.split(",")),
+        methods=asked_methods(args, loaded),
         target=args.target,
         layer=args.layer,
         box=None if args.box == "all" else args.box,
@@ -152,6 +153,14 @@ def make_question(args: GradcamArgs, loaded: "LoadedWeights") -> "Question":
         score_threshold=args.score_threshold,
         opacity=args.opacity,
     )
+
+
+def asked_methods(args: GradcamArgs, loaded: "LoadedWeights") -> tuple[str, ...]:
+    """Return the names in `--method`, or the default of the task."""
+    from yolo.explain import CLASSIFIER_METHOD, DETECTOR_METHOD
+
+    default = DETECTOR_METHOD if loaded.task == "detection" else CLASSIFIER_METHOD
+    return tuple((args.method or default).split(","))
 
 
 def output_paths(output: str | None, pictures: Sequence[Path]) -> list[Path]:
@@ -184,7 +193,7 @@ def evaluate(args: GradcamArgs, loaded: "LoadedWeights") -> int:
     test = build_test(dataclasses.replace(loaded.config, **given), loaded.class_names, loaded.anchors)
     images = faithfulness.draw_images(len(test.dataset), args.num_images, args.seed)
     progress = Progress(len(images), "explaining", enabled=True)
-    methods = list(dict.fromkeys([*args.method.split(","), "eigencam"]))
+    methods = tuple(dict.fromkeys([*asked_methods(args, loaded), "eigencam"]))
     subjects: Iterable[faithfulness.Subject]
     if isinstance(loaded.model, YoloV3):
         assert loaded.anchors is not None

@@ -39,6 +39,11 @@ METHODS: dict[str, type[BaseCAM]] = {
     "layercam": LayerCAM,
     "eigencam": EigenCAM,
 }
+# A detection draws on few cells. Grad-CAM averages its gradient over the whole map: it lights whatever has
+# similar features anywhere, or nothing. HiResCAM (https://arxiv.org/abs/2011.08891) keeps the gradient of each
+# cell. `gradcam.py --evaluate` measures the difference.
+DETECTOR_METHOD = "hirescam"
+CLASSIFIER_METHOD = "gradcam"
 TARGET_BLIND = {"eigencam"}  # the same map whatever is asked
 TARGETS = ("class", "object", "score")
 LAYERS = ("auto", *(f"stride{stride}" for stride in STRIDES), "fused")
@@ -112,7 +117,7 @@ def explain_detections(
     detections: dict[str, Tensor],
     which: Sequence[int] | None = None,
     *,
-    method: str = "gradcam",
+    method: str = DETECTOR_METHOD,
     target: str = "class",
     layer: str = "auto",
 ) -> list[Explanation]:
@@ -142,7 +147,7 @@ def explain_missed(
     label: int,
     anchors: Tensor,
     *,
-    method: str = "gradcam",
+    method: str = DETECTOR_METHOD,
     target: str = "class",
     layer: str = "auto",
 ) -> Explanation:
@@ -183,7 +188,9 @@ def explain_cells(
     ]
 
 
-def explain_class(trace: Trace, label: int, *, method: str = "gradcam", layer: str = "auto") -> Explanation:
+def explain_class(
+    trace: Trace, label: int, *, method: str = DETECTOR_METHOD, layer: str = "auto"
+) -> Explanation:
     """Explain where the whole image speaks for a class, detected or not.
 
     Per scale the explained value is the log of the class's scores summed over all cells; the maps of the
@@ -205,7 +212,7 @@ def explain_class(trace: Trace, label: int, *, method: str = "gradcam", layer: s
 
 
 def explain_classification(
-    model: ResNet, image: np.ndarray, label: int, *, method: str = "gradcam", layer: str = "auto"
+    model: ResNet, image: np.ndarray, label: int, *, method: str = CLASSIFIER_METHOD, layer: str = "auto"
 ) -> Explanation:
     """Explain the logit of a class.
 

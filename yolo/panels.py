@@ -37,7 +37,7 @@ class Panel(NamedTuple):
 class Question:
     """What to explain about an image."""
 
-    methods: tuple[str, ...] = ("gradcam",)
+    methods: tuple[str, ...]
     target: str = "class"
     layer: str = "auto"
     box: int | None = 0  # which detection, counted from the most confident; None: all
