@@ -14,7 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from yolo.checkpoint import save_checkpoint
 from yolo.errors import UsageError, UserError
-from yolo.mirror import Mirror, fetch_run, find_run
+from yolo.mirror import Mirror, bring_back, fetch_run, find_run
 
 
 class FlakyFileSystem(MemoryFileSystem):
@@ -260,3 +260,36 @@ def test_an_unreadable_mirror_is_one_clear_line(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(UserError, match="cannot be read") as caught:
             ask()
         assert "\n" not in str(caught.value)
+
+
+def test_resuming_brings_back_the_newest_unfinished_run_whether_local_or_not(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fresh").mkdir()
+    monkeypatch.chdir(tmp_path / "fresh")
+    lines: list[str] = []
+    bring_back(url, "voc", None, lines.append)
+    assert lines == []  # an empty mirror
+    mirrored_run(tmp_path, url, "voc-20260101-000000", steps=(10, 20))
+    bring_back(url, "voc", None, lines.append)
+    assert lines == [f"fetched epoch000-step000020-lr1.000e-03.ckpt from {url}"]
+    assert (Path("runs") / "voc-20260101-000000" / "schedule.txt").exists()
+    save_step(Path("runs") / "voc-20260102-000000", 5)  # newer, and only here
+    mirrored_run(tmp_path, url, "voc-20260101-000000", steps=(30,))
+    bring_back(url, "voc", None, lines.append)
+    assert len(lines) == 1
+
+
+def test_a_dead_mirror_stops_a_resume_only_when_nothing_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: FlakyFileSystem, path: str, detail: bool = True, **settings: Any) -> list[str]:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(FlakyFileSystem, "ls", refuse)
+    lines: list[str] = []
+    with pytest.raises(UserError, match="no route"):
+        bring_back("flaky://b", "voc", str(tmp_path / "run"), lines.append)
+    save_step(tmp_path / "run", 5)
+    bring_back("flaky://b", "voc", str(tmp_path / "run"), lines.append)
+    assert len(lines) == 1 and "no route" in lines[0] and "going on" in lines[0]

@@ -63,6 +63,46 @@ def test_a_folder_with_a_run_is_refused_unless_it_is_resumed(tmp_path):
     assert find_run_folder("voc", str(tmp_path / "run"), "auto")[0].path == tmp_path / "run"
 
 
+def as_worker_of_torchrun(monkeypatch, restart_count):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restart_count))
+
+
+@pytest.mark.parametrize("out_dir", [None, "mine"])
+def test_a_restart_by_torchrun_goes_on_in_the_folder_of_this_launch(tmp_path, monkeypatch, out_dir):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "runs" / "voc-20260101-000000", steps=(1,))  # somebody else's, unfinished
+    as_worker_of_torchrun(monkeypatch, restart_count=0)
+    first, _, resuming = find_run_folder("voc", out_dir, None)
+    assert not resuming
+    make_run(first.path)
+    first.mark_launch()
+    make_run(tmp_path / "runs" / "voc-20990101-000000", steps=(1,))
+    as_worker_of_torchrun(monkeypatch, restart_count=1)
+    again, source, resuming = find_run_folder("voc", out_dir, None)
+    assert again.path == first.path
+    assert (source, resuming) == (None, True)
+
+
+def test_a_restart_before_anything_was_written_starts_as_the_flags_say(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "runs" / "voc-20260101-000000", steps=(1,))
+    as_worker_of_torchrun(monkeypatch, restart_count=1)
+    folder, _, resuming = find_run_folder("voc", None, None)
+    assert folder.path.name != "voc-20260101-000000"
+    assert not resuming
+
+
+def test_replanned_schedules_stand_beside_the_first(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert folder.schedules() == []
+    for name in ("schedule.txt", *(f"schedule-{number}.txt" for number in range(2, 12))):
+        assert folder.next_schedule() == tmp_path / name
+        folder.next_schedule().write_text("")
+    assert folder.schedules()[0].name == "schedule-11.txt"
+    assert folder.schedules()[-1].name == "schedule.txt"
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0, "0s"), (59.6, "1m00s"), (61, "1m01s"), (3599, "59m59s"), (11225, "3h07m")]
 )

@@ -7,6 +7,7 @@ brings it back onto a fresh machine. Nothing here may hold up or stop a training
 import sys
 import threading
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import fsspec
@@ -170,7 +171,7 @@ def find_run(url: str, config_name: str) -> str | None:
     """
     fs, root = _open(url)
     for run in reversed(_names(fs, root, url)):
-        if run.startswith(f"{config_name}-") and "results.json" not in _names(fs, f"{root}/{run}", url):
+        if fnmatch(run, f"{config_name}-[0-9]*") and "results.json" not in _names(fs, f"{root}/{run}", url):
             return run
     return None
 

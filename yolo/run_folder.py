@@ -98,7 +98,7 @@ def find_run_folder(
 
 def newest_unfinished(config_name: str) -> RunFolder | None:
     """Return the newest folder of that configuration that has a checkpoint and no results yet."""
-    folders = [RunFolder(path) for path in sorted(RUNS.glob(f"{config_name}-*"), reverse=True)]
+    folders = [RunFolder(path) for path in sorted(RUNS.glob(f"{config_name}-[0-9]*"), reverse=True)]
     return next((f for f in folders if list_checkpoints(f.checkpoints) and not f.results.exists()), None)
 
 

@@ -129,7 +129,7 @@ def smooth(losses: list[float]) -> list[float]:
 def find_batch_size(fabric: Fabric, cfg: Config, task: Task, largest: int | None = None) -> int:
     """Return the largest global batch whose micro-batches fit on every rank at the largest image size.
 
-    Micro-batches are powers of two up to `largest`: 256 by default, 16 without a GPU, where more does not pay.
+    Micro-batches are powers of two up to `largest`: 256, or 16 without a GPU, where more does not pay.
 
     Raises:
         UserError: if not even one image fits.
