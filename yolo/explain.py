@@ -40,8 +40,8 @@ METHODS: dict[str, type[BaseCAM]] = {
     "eigencam": EigenCAM,
 }
 # A detection draws on few cells. Grad-CAM averages its gradient over the whole map: it lights whatever has
-# similar features anywhere, or nothing. HiResCAM (https://arxiv.org/abs/2011.08891) keeps the gradient of each
-# cell. `gradcam.py --evaluate` measures the difference.
+# similar features anywhere, or nothing. HiResCAM (https://arxiv.org/abs/2011.08891) keeps the gradient of
+# each cell. `gradcam.py --evaluate` measures the difference.
 DETECTOR_METHOD = "hirescam"
 CLASSIFIER_METHOD = "gradcam"
 TARGET_BLIND = {"eigencam"}  # the same map whatever is asked

@@ -16,6 +16,7 @@ from yolo.checkpoint import LoadedWeights
 from yolo.data.dataset import Annotation
 from yolo.demo.pictures import Picture
 from yolo.explain import (
+    DETECTOR_METHOD,
     Explanation,
     Trace,
     cell_of,
@@ -51,7 +52,7 @@ class Thresholds:
 class MapSettings:
     """How a heat map is made and shown."""
 
-    method: str = "gradcam"
+    method: str = DETECTOR_METHOD
     target: str = "class"
     layer: str = "auto"
     opacity: float = 0.6
