@@ -25,8 +25,8 @@ class Detections:
     def __len__(self) -> int:
         return len(self.scores)
 
-    def at(self, rows: np.ndarray) -> "Detections":
-        """Return the detections at `rows` (indices or a mask)."""
+    def at(self, rows: np.ndarray | slice) -> "Detections":
+        """Return the detections at `rows` (indices, a mask or a slice)."""
         return Detections(self.images[rows], self.boxes[rows], self.scores[rows], self.labels[rows])
 
     def by_score(self) -> "Detections":
@@ -47,8 +47,8 @@ class Objects:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def at(self, rows: np.ndarray) -> "Objects":
-        """Return the objects at `rows` (indices or a mask)."""
+    def at(self, rows: np.ndarray | slice) -> "Objects":
+        """Return the objects at `rows` (indices, a mask or a slice)."""
         return Objects(self.images[rows], self.boxes[rows], self.labels[rows], self.ignored[rows])
 
 
