@@ -12,10 +12,18 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from yolo import cli
-from yolo.config import Config, parse_interval
-from yolo.run_folder import find_run_folder
+from yolo.config import Config, parse_seconds
+from yolo.run_folder import find_run_folder, stored_config
+
+if TYPE_CHECKING:
+    from yolo.data.samplers import MultiSizeBatchSampler
+    from yolo.engine import Fabric, State
+    from yolo.run import Run
+    from yolo.stopping import StopRequest
+    from yolo.tasks import Task
 
 DEFAULT_CONFIG = "configs/digits.yaml"
 
@@ -57,11 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         bring_back(mirror_url, name, out_dir)
     folder, source, resuming = find_run_folder(name, out_dir, resume)
-    stored = (
-        folder.config if resuming and folder.config.exists() else None
-    )  # a resumed run keeps its settings
+    stored = stored_config(folder, source) if resuming else None  # a resumed run keeps its settings
     args = cli.parse(TrainArgs, words, __doc__ or "", stored or config_file)
     cfg = Config.from_dict(args.to_dict())
+    max_seconds = parse_seconds("--max-time", args.max_time) if args.max_time else None
 
     # torch takes seconds to import: not before the arguments are known to be right
     from yolo import engine, tuning
@@ -70,10 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from yolo.mirror import Mirror
     from yolo.pretrained import init_weights
     from yolo.run import Run
-    from yolo.stopping import EXIT_CODES, StopRequest
+    from yolo.stopping import StopRequest
     from yolo.tasks import build_task
 
-    stop = StopRequest(None if args.max_time is None else parse_interval(args.max_time)[1])
+    stop = StopRequest(max_seconds)
     fabric, scaler = engine.make_fabric(cfg)
     folder = fabric.broadcast(folder)
     fabric.seed_everything(cfg.seed, verbose=False)
@@ -112,15 +119,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.continue_from(checkpoint, may_replan=args.replan)
     elif resuming:
         fabric.print(f"nothing to resume in {folder.path}: starting fresh")
-    end = engine.end_of(cfg, run.schedule)
-    if state.step >= end and folder.results.exists():
+    if state.step >= engine.end_of(cfg, run.schedule) and folder.results.exists():
         fabric.print(f"{folder.path} is at its end (step {state.step}): see {folder.results}")
         return 0
-
     run.start()
     fabric.print(engine.introduction(fabric, cfg, task, run))
-    train_loader = engine.make_train_loader(fabric, cfg, task, sampler)
-    test_loader = engine.make_test_loader(fabric, cfg, task.test)
+    return train(fabric, state, task, sampler, stop, run)
+
+
+def train(
+    fabric: "Fabric",
+    state: "State",
+    task: "Task",
+    sampler: "MultiSizeBatchSampler",
+    stop: "StopRequest",
+    run: "Run",
+) -> int:
+    """Train, test and save, epoch after epoch, until the end or a request to stop; return the exit code."""
+    from yolo import engine
+    from yolo.stopping import EXIT_CODES
+
+    train_loader = engine.make_train_loader(fabric, task.config, task, sampler)
+    test_loader = engine.make_test_loader(fabric, task.config, task.test)
+    end = engine.end_of(task.config, run.schedule)
     results = None
     while results is None or state.step < end:
         if not state.evaluation_due and state.step < end:
@@ -132,9 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.save()
         if reason is not None:
             run.close()
-            fabric.print(
-                f"stopped by {reason} at step {state.step} of {end}; continue with --resume {folder.path}"
-            )
+            path = run.folder.path
+            fabric.print(f"stopped by {reason} at step {state.step} of {end}; continue with --resume {path}")
             return EXIT_CODES[reason]
     run.finish(results)
     return 0

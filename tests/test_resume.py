@@ -124,6 +124,20 @@ def test_a_signal_in_mid_epoch_saves_and_exits(
     assert_same_end(trainer, uninterrupted)
 
 
+def test_signals_at_the_end_of_an_epoch_and_of_the_run_leave_the_test_for_later(
+    trainer: Trainer, uninterrupted: Trainer
+) -> None:
+    for step in (6, STEPS):
+        stop = partial(faults.signal_after_step, step, signal.SIGTERM)
+        assert trainer("--resume", "auto", hook=stop) == 143, trainer.output
+    assert not (trainer.run_dir / "results.json").exists()
+    assert trainer("--resume", "auto") == 0, trainer.output
+    assert (trainer.run_dir / "results.json").exists()
+    assert trainer.metrics() == uninterrupted.metrics()
+    assert trainer("--resume", "auto") == 0
+    assert "is at its end" in trainer.output
+
+
 def test_a_second_signal_exits_at_once(trainer: Trainer) -> None:
     stop = partial(faults.signal_after_step, 3, signal.SIGTERM, signal.SIGTERM)
     assert trainer(hook=stop) == 143
@@ -177,6 +191,25 @@ def test_a_full_disk_keeps_the_previous_checkpoint_and_says_so(trainer: Trainer)
     assert {path: path.read_bytes() for path in trainer.checkpoints} == before
     assert trainer("--resume", "auto") == 0
     assert trainer.steps[-1] == STEPS
+
+
+@pytest.mark.parametrize("limit", [100, 5000])  # config.yaml, schedule.txt
+def test_a_disk_that_is_full_from_the_start_is_one_line(trainer: Trainer, limit: int) -> None:
+    assert trainer(hook=partial(faults.limit_file_size, limit)) == 1
+    assert "File too large" in trainer.error()
+
+
+def test_an_unwritable_folder_is_one_line(tiny_config: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    trainer = Trainer(tiny_config, tmp_path / "file" / "run")
+    trainer.log = tmp_path / "log"
+    assert trainer() == 1
+    assert "Not a directory" in trainer.error() and str(tmp_path / "file") in trainer.error()
+
+
+def test_a_time_without_a_unit_is_refused(trainer: Trainer) -> None:
+    assert trainer("--max-time", "90") == 2
+    assert "90s" in trainer.error()
 
 
 def truncate(path: Path) -> None:
@@ -263,7 +296,9 @@ def test_an_earlier_checkpoint_can_be_chosen(stopped: Trainer, uninterrupted: Tr
 
 
 def test_the_run_goes_on_in_another_folder(stopped: Trainer, uninterrupted: Trainer, tmp_path: Path) -> None:
-    moved = Trainer(stopped.config, tmp_path / "moved")
+    other = tmp_path / "other.yaml"
+    other.write_text("width: 0.1\n")  # the run's own configuration wins
+    moved = Trainer(other, tmp_path / "moved")
     assert moved("--resume", str(stopped.checkpoints[-1])) == 0, moved.output
     assert moved.final_digest() == uninterrupted.final_digest()
     assert (moved.run_dir / "schedule.txt").exists()

@@ -44,7 +44,7 @@ def command_line(argv: Sequence[str] | None) -> list[str]:
 
 
 def run(main: Callable[[Sequence[str] | None], int]) -> None:
-    """Run a script's `main` and exit with its code; print errors as one line unless `--debug` is given."""
+    """Run a script's `main` and exit with its code; errors of the user and the machine are one line."""
     debug = "--debug" in sys.argv
     try:
         code = main(None)
@@ -53,6 +53,11 @@ def run(main: Callable[[Sequence[str] | None], int]) -> None:
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = 2 if isinstance(error, UsageError) else 1
+    except OSError as error:  # a full or unwritable disk
+        if debug:
+            raise
+        print(f"error: {error} (--debug shows where)", file=sys.stderr, flush=True)
+        code = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = 130

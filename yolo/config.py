@@ -255,7 +255,9 @@ class Config(
     def from_dict(cls, values: dict[str, Any]) -> "Config":
         """Rebuild a configuration that `to_dict` stored; keys that this version does not know are ignored."""
         known = {field.name for field in dataclasses.fields(cls)}
-        pairs: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        pairs: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
         return cls(**{key: value for key, value in pairs.items() if key in known})
 
 
@@ -303,6 +305,18 @@ def parse_interval(text: str) -> tuple[int | None, float | None]:
             f"'{text}' is no interval: want a number of steps such as 500, or a time such as 90s, 10m, 2h45m"
         )
     return None, seconds
+
+
+def parse_seconds(flag: str, text: str) -> float:
+    """Read a time such as `90s` or `2h45m`.
+
+    Raises:
+        UsageError: if the text is no time.
+    """
+    _, seconds = parse_interval(text)
+    if seconds is None:
+        raise UsageError(f"{flag} {text}: want a time with its unit, such as {text}s or {text}m")
+    return seconds
 
 
 def _flag(name: str) -> str:

@@ -96,6 +96,12 @@ def find_run_folder(
     return unfinished or fresh, None, resume == "auto"
 
 
+def stored_config(folder: RunFolder, source: Path | None) -> Path | None:
+    """Return the configuration of the run to continue: the folder's, or that of the checkpoint `source`."""
+    homes = [folder] if source is None else [folder, RunFolder(source.absolute().parent.parent)]
+    return next((home.config for home in homes if home.config.exists()), None)
+
+
 def newest_unfinished(config_name: str) -> RunFolder | None:
     """Return the newest folder of that configuration that has a checkpoint and no results yet."""
     folders = [RunFolder(path) for path in sorted(RUNS.glob(f"{config_name}-[0-9]*"), reverse=True)]
