@@ -222,9 +222,9 @@ def _write_texts(space: Path, models: Mapping[str, Model], samples: Mapping[str,
 
 def _front_matter(models: Mapping[str, Model]) -> dict[str, Any]:
     pages = [model.url.removeprefix(f"{HUB_PAGE}/") for model in models.values() if model.url]
-    linked = [page for page in pages if page.count("/") == 1]
+    linked = [page for page in dict.fromkeys(pages) if page.count("/") == 1]
     return {
-        "title": ", ".join(model_name(model.loaded) for model in models.values()),
+        "title": model_name(*(model.loaded for model in models.values())),
         "emoji": "🔎",
         "colorFrom": "indigo",
         "colorTo": "blue",

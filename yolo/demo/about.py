@@ -73,10 +73,13 @@ layer: a cell of stride 32 is 32 network pixels wide.
 """
 
 
-def model_name(loaded: LoadedWeights) -> str:
-    """Return what the model is called in titles, as in `YOLOv3 on PASCAL VOC`."""
-    network = "YOLOv3" if loaded.task == "detection" else "ResNet"
-    return f"{network} on {DATA_NAMES.get(loaded.config.dataset, 'a data set of its own')}"
+def model_name(*models: LoadedWeights) -> str:
+    """Return what models are called in titles, as in `YOLOv3 on PASCAL VOC`."""
+    networks_of: dict[str, list[str]] = {}
+    for loaded in models:
+        data = DATA_NAMES.get(loaded.config.dataset, "a data set of its own")
+        networks_of.setdefault(data, []).append("YOLOv3" if loaded.task == "detection" else "ResNet")
+    return ", ".join(f"{' and '.join(networks)} on {data}" for data, networks in networks_of.items())
 
 
 def classes_html(class_names: Sequence[str]) -> str:
@@ -121,7 +124,7 @@ def model_card(loaded: LoadedWeights, samples: SampleSet | None, model_url: str 
 
 
 def _circumstances(results: dict[str, Any]) -> str:
-    thresholds = results.get("thresholds") or {}
+    thresholds = results.get("thresholds") or {} if "map_50" in results else {}
     facts = [
         (
             "weights",
@@ -131,7 +134,7 @@ def _circumstances(results: dict[str, Any]) -> str:
         ("loader", results.get("loader")),
         ("image size", results.get("test_size")),
         ("epoch", results.get("epoch")),
-        *((name.replace("_", " "), value) for name, value in thresholds.items()),
+        *((name.replace("_", " ").replace("iou", "IoU"), value) for name, value in thresholds.items()),
     ]
     return "<sub>" + " · ".join(f"{name}: {value}" for name, value in facts if value is not None) + "</sub>"
 

@@ -15,6 +15,7 @@ from yolo.demo.parts import (
     ask_for_picture,
     picture_input,
     samples_gallery,
+    store_image,
 )
 from yolo.demo.pictures import Picture, read_picture
 from yolo.demo.samples import SampleSet
@@ -91,10 +92,9 @@ class ClassifyTab:
         label = judgement.label if target == PREDICTED else target
         explanation = self.classifier.explain(judgement.pixels, label, method, layer)
         name = self.classifier.class_names[label]
+        picture = store_image(draw_map(judgement.pixels, explanation, opacity))
         return {
-            self.map: gr.Image(
-                draw_map(judgement.pixels, explanation, opacity), label=f"{METHOD_NAMES[method]} · {name}"
-            ),
+            self.map: gr.Image(picture, label=f"{METHOD_NAMES[method]} · {name}"),
             self.caption: _caption(name, explanation),
         }
 
@@ -132,7 +132,7 @@ class ClassifyTab:
             names = self.classifier.class_names
             tiles = [
                 (
-                    self.classifier.mistake_tile(self.samples, mistake),
+                    store_image(self.classifier.mistake_tile(self.samples, mistake)),
                     f"{names[mistake.label]} taken for {names[mistake.predicted]}, {mistake.confidence:.0%}",
                 )
                 for mistake in mistakes

@@ -6,7 +6,6 @@ from functools import lru_cache
 from typing import Any
 
 import gradio as gr
-from gradio.processing_utils import save_bytes_to_cache
 
 from yolo.demo.detection import (
     COLUMNS,
@@ -32,12 +31,14 @@ from yolo.demo.parts import (
     ask_for_picture,
     picture_input,
     samples_gallery,
+    store_file,
+    store_image,
 )
 from yolo.demo.pictures import Picture, read_picture
 from yolo.demo.samples import SampleSet
-from yolo.explain import TARGET_BLIND, Explanation
+from yolo.explain import DETECTOR_METHOD, TARGET_BLIND, Explanation
+from yolo.metrics.report import SHOWN_SCORE
 
-DEFAULT_SCORE = 0.3
 CACHED_SAMPLES = 32
 TARGET_NAMES = {"class": "its class", "object": "that there is an object", "score": "both together"}
 LAYER_NAMES = {"auto": "the box's own", "fused": "all of them, averaged"}
@@ -63,7 +64,7 @@ class DetectTab:
         if not self.samples or not self.samples.samples:
             return {}
         view = self.look_at_sample(0)
-        thresholds = Thresholds(DEFAULT_SCORE, self.detector.default_iou)
+        thresholds = Thresholds(SHOWN_SCORE, self.detector.default_iou)
         return {self.view: view, **self._present(view, thresholds, MapSettings())}
 
     def on_picture(
@@ -167,12 +168,12 @@ class DetectTab:
                 [(_title(finding, names), finding.key) for finding in findings], value=chosen.key
             ),
             self.table: to_rows(view, findings, names),
-            self.csv: save_bytes_to_cache(csv.encode(), "detections.csv", self.csv.GRADIO_CACHE),
-            self.json: save_bytes_to_cache(json.encode(), "detections.json", self.json.GRADIO_CACHE),
+            self.csv: store_file(csv.encode(), "detections.csv"),
+            self.json: store_file(json.encode(), "detections.json"),
         }
         if kept is None:
             return updates | self._explained(view, findings, chosen, settings)
-        return updates | {self.boxes: draw_findings(view, findings, names, chosen)}
+        return updates | {self.boxes: store_image(draw_findings(view, findings, names, chosen))}
 
     def _explained(
         self, view: View, findings: list[Finding], chosen: Finding, settings: MapSettings
@@ -183,9 +184,9 @@ class DetectTab:
         explanation = self.detector.explain(view, chosen, settings)
         name = self.detector.class_names[chosen.label]
         return {
-            self.boxes: draw_findings(view, findings, self.detector.class_names, chosen),
+            self.boxes: store_image(draw_findings(view, findings, self.detector.class_names, chosen)),
             self.map: gr.Image(
-                draw_map(view, chosen, explanation, settings.opacity),
+                store_image(draw_map(view, chosen, explanation, settings.opacity)),
                 label=f"{METHOD_NAMES[settings.method]} · {name}",
             ),
             self.caption: _caption(chosen, name, explanation),
@@ -217,12 +218,13 @@ class DetectTab:
             elem_classes="findings",
         )
         with gr.Row():
-            self.score = gr.Slider(0.05, 0.95, DEFAULT_SCORE, step=0.01, label="Least score", elem_id="score")
-            self.iou = gr.Slider(
-                0.1, 0.9, self.detector.default_iou, step=0.05, label="Overlap at which two boxes are one"
+            self.score = gr.Slider(
+                0.05, 0.95, SHOWN_SCORE, step=0.01, label="Least score", elem_id="score", min_width=240
             )
+            iou, label = self.detector.default_iou, "Overlap at which two boxes are one"
+            self.iou = gr.Slider(0.1, 0.9, iou, step=0.05, label=label, min_width=240)
         with gr.Row():
-            self.method = gr.Dropdown(METHOD_CHOICES, value="gradcam", label="Method", min_width=140)
+            self.method = gr.Dropdown(METHOD_CHOICES, value=DETECTOR_METHOD, label="Method", min_width=140)
             self.target = gr.Dropdown(
                 [(name, target) for target, name in TARGET_NAMES.items()],
                 value="class",

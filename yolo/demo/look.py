@@ -14,7 +14,9 @@ THEME = gr.themes.Default(
 )
 
 CSS = """
-.gradio-container { max-width: 1360px !important; margin: 0 auto !important; }
+.gradio-container { max-width: min(1360px, 100vw) !important; margin: 0 auto !important; }
+.gradio-container .main.app { padding: 16px clamp(14px, 2.5vw, 32px) 32px !important; min-width: 0; }
+.gradio-container .main.app > .wrap, .gradio-container main.contain { min-width: 0; width: 100%; }
 .html-container { padding: 0 !important; }
 .hero h1 { font-size: 1.6rem; font-weight: 700; letter-spacing: -0.01em; margin: 0; }
 .hero p { color: var(--body-text-color-subdued); margin: 2px 0 0; }
@@ -40,14 +42,15 @@ CSS = """
 .samples .gallery-item, .samples .gallery-item .container { width: 100%; height: auto; aspect-ratio: 1;
   max-height: none; max-width: none; }
 .samples img { width: 100%; height: 100%; object-fit: cover; }
+.prose table th, .prose table td { border-color: var(--border-color-primary); padding: 7px 12px; }
 .clickable img { cursor: pointer; }
 .picture img { max-height: 72vh; object-fit: contain; }
-.mistakes .grid-wrap { max-height: none; height: auto; }
-.mistakes .grid-container { grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); }
+.mistakes .gallery-container, .mistakes .grid-wrap { min-height: 0; max-height: none; height: auto; }
+.mistakes .grid-container { grid-template-columns: repeat(auto-fill, minmax(168px, 1fr)); }
 .mistakes .thumbnail-item { aspect-ratio: 2 / 1; }
 footer > .divider:last-child { display: none; }
+/* Gradio applies media queries to the inside of the page only. */
 @media (max-width: 640px) {
-  .gradio-container .main.app { padding: 12px 14px 24px !important; }
   .hero h1 { font-size: 1.35rem; }
   .samples > .gallery { grid-template-columns: none; grid-auto-flow: column; grid-auto-columns: 84px;
     max-width: calc(100vw - 28px); overflow-x: auto; padding-bottom: 6px; }

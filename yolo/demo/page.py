@@ -22,7 +22,7 @@ FORGET_FILES = (600, 3600)  # seconds: look for old files, and how old they may 
 
 def build_page(models: Mapping[str, Model], samples: Mapping[str, SampleSet | None]) -> gr.Blocks:
     """Return the app: a tab per model, by task, and the About tab."""
-    title = ", ".join(model_name(model.loaded) for model in models.values())
+    title = model_name(*(model.loaded for model in models.values()))
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=FORGET_FILES) as page:
         gr.HTML(f'<div class="hero"><h1>{title}</h1><p>{SUBTITLE}</p></div>')
         with gr.Tabs():
@@ -46,6 +46,7 @@ def build_page(models: Mapping[str, Model], samples: Mapping[str, SampleSet | No
 
 def serve(page: gr.Blocks, models: Mapping[str, Model], host: str | None, port: int | None) -> None:
     """Serve until stopped; nothing but the page's own pictures is ever handed out."""
+    num_classes = max(len(model.loaded.class_names) for model in models.values())
     page.launch(
         server_name=host,
         server_port=port,
@@ -59,7 +60,7 @@ def serve(page: gr.Blocks, models: Mapping[str, Model], host: str | None, port: 
         enable_monitoring=False,
         footer_links=["api", "gradio"],
         theme=THEME,
-        css=style_sheet(max(len(model.loaded.class_names) for model in models.values())),
+        css=style_sheet(num_classes),
     )
 
 

@@ -1,10 +1,17 @@
 """What the tabs have in common: taking pictures, showing results, and the errors that people see."""
 
+import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
+import cv2
 import gradio as gr
+import numpy as np
+from gradio.utils import get_upload_folder
 
 from yolo.demo.pictures import Picture, read_picture
 from yolo.demo.samples import SampleSet
@@ -25,7 +32,6 @@ METHOD_NAMES = {method: _SPELLING.get(method, method) for method in METHODS}
 METHOD_CHOICES = [(name, method) for method, name in METHOD_NAMES.items()]
 QUEUE: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 2}
 RESULT: dict[str, Any] = {
-    "format": "jpeg",  # encoded in a tenth of WebP's time
     "interactive": False,
     "buttons": ["download", "fullscreen"],
     "min_width": 300,
@@ -61,6 +67,30 @@ def _read_upload(payload: Any) -> Picture | None:
         return None
     with shown_errors():
         return read_picture(payload.path)
+
+
+def store_image(image: np.ndarray) -> str:
+    """Return the path of a JPEG of an RGB image [H, W, 3], for the page to fetch."""
+    encoded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
+    return store_file(encoded.tobytes(), "picture.jpg")
+
+
+def store_file(data: bytes, name: str) -> str:
+    """Return the path of a file for the page to fetch.
+
+    Equal content shares one file that is never written twice: Gradio's own cache rewrites it, and whoever is
+    fetching the same result at that moment gets half of it.
+    """
+    folder = Path(get_upload_folder()) / hashlib.sha256(data).hexdigest()
+    path = folder / name
+    if path.exists():
+        path.touch()  # old files are deleted
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=folder, delete=False) as temporary:
+            temporary.write(data)
+        os.replace(temporary.name, path)
+    return str(path)
 
 
 def samples_gallery(samples: SampleSet | None) -> gr.Dataset:
