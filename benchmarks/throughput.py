@@ -98,9 +98,11 @@ class NetworkArgs:
     batch: int = 8
     """Images of a training step."""
     repeats: int = 3
-    """Timed training steps; the median counts."""
+    """Timed repetitions of the larger parts; the median counts."""
     compile: bool = False
     """Also with torch.compile, which takes minutes to start."""
+    cpu_time: bool = False
+    """Count the CPU seconds of one thread, which are right on a machine that others use as well."""
 
 
 def bench_network(part: str, words: Sequence[str]) -> None:
@@ -108,10 +110,12 @@ def bench_network(part: str, words: Sequence[str]) -> None:
     args = cli.parse(NetworkArgs, words, "What the network costs beside the physical limit.")
     import speed
 
+    if args.cpu_time:
+        speed.use_cpu_time()
     compiled = (False, True) if args.compile else (False,)
     parts = {
         "training": lambda: speed.training_rows(args.width, args.size, args.batch, args.repeats, compiled),
-        "inference": lambda: speed.inference_rows(args.width, args.size, (1, 8), args.compile),
+        "inference": lambda: speed.inference_rows(args.width, args.size, (1, 8), args.repeats, args.compile),
         "answers": lambda: speed.answer_rows(args.width, args.size),
         "start": speed.start_rows,
     }

@@ -27,7 +27,6 @@ from yolo.loss import ScaleTargets, YoloLoss, assign_targets, count_targets
 from yolo.metrics.average_precision import DetectionMetrics
 from yolo.metrics.cell_accuracy import CellAccuracy
 from yolo.metrics.classification import ClassificationMetrics
-from yolo.mistakes import mistake_grid
 from yolo.models.resnet import ResNet
 from yolo.models.yolov3 import STRIDES, YoloV3, make_anchors, postprocess
 from yolo.plots import draw_boxes
@@ -226,7 +225,7 @@ def _classification_test(config: Config, test_set: Any) -> Test:
         collate=classification.collate_images,
         metrics=lambda full: ClassificationMetrics(test_set.class_names),
         picture=lambda predict: _draw_classes(test_set, predict),
-        mistakes=lambda model, metrics: mistake_grid(model, test_set, metrics),
+        mistakes=lambda model, metrics: _draw_mistakes(model, test_set, metrics),
     )
 
 
@@ -274,6 +273,12 @@ def _draw_classes(test_set: Any, predict: Callable[[Tensor], Any]) -> np.ndarray
             for image, color in zip(images, frames, strict=True)
         ]
     )
+
+
+def _draw_mistakes(model: ResNet, test_set: Any, metrics: ClassificationMetrics) -> np.ndarray | None:
+    from yolo.mistakes import mistake_grid  # its pytorch-grad-cam would slow down the start of every training
+
+    return mistake_grid(model, test_set, metrics)
 
 
 def _tile(pictures: Sequence[np.ndarray]) -> np.ndarray:
