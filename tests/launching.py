@@ -41,7 +41,7 @@ def start_process(
 
 
 def train(
-    argv: Sequence[str], log: Path, *, hook: Callable[[], None] | None = None, timeout: float = 120
+    argv: Sequence[str], log: Path, *, hook: Callable[[], None] | None = None, timeout: float = 300
 ) -> int:
     """Train in a process of its own and return its exit code (negative: killed by that signal)."""
     process = start_training(argv, log, hook=hook)
