@@ -304,6 +304,12 @@ def test_the_run_goes_on_in_another_folder(stopped: Trainer, uninterrupted: Trai
     assert (moved.run_dir / "schedule.txt").exists()
 
 
+def test_the_optimizer_follows_the_flags_of_the_later_start(stopped: Trainer) -> None:
+    assert stopped("--resume", "auto", "--weight-decay", "0.1") == 0, stopped.output
+    decayed, plain = load_checkpoint(stopped.checkpoints[-1])["optimizer"]["param_groups"]
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+
+
 def test_keep_prunes_all_but_the_newest_and_the_best(trainer: Trainer) -> None:
     assert trainer("--save-every", "1", "--keep", "2") == 0
     best = (

@@ -195,7 +195,8 @@ class State:
         """Take over what `state_dict` returned; return notices worth printing."""
         self.network.load_state_dict(content["model"])
         self.ema.module.load_state_dict(content["ema"])
-        self.optimizer.load_state_dict(content["optimizer"])
+        own_groups = self.optimizer.state_dict()["param_groups"]  # the flags of this start
+        self.optimizer.load_state_dict({**content["optimizer"], "param_groups": own_groups})
         for name in ("step", "epoch", "batch", "evaluation_due", "best_score"):
             setattr(self, name, content[name])
         self.loss_sums = self._own_loss_sums(content["loss_sums"])

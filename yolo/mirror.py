@@ -47,9 +47,7 @@ class Mirror:
         self._folder = f"{root}/{run_name}"
         self._warn = warn
         self._first_wait = first_wait
-        self._pending: dict[
-            str, Path | None
-        ] = {}  # name at the mirror -> file to copy, None to delete it there
+        self._pending: dict[str, Path | None] = {}  # name there -> file to copy, None to delete
         self._busy: str | None = None
         self._closing = False
         self._failed = False
