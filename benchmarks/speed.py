@@ -133,9 +133,16 @@ def forward_flops(width: float, size: int) -> int:
 
 
 def make_detector(width: float, size: int) -> tuple[YoloV3, Tensor]:
-    """Return an untrained network and its anchors."""
+    """Return an untrained network, its batch normalisation set to random images, and its anchors."""
     torch.manual_seed(0)
     model = YoloV3(NUM_CLASSES, width).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model(make_batch(2, 128)[0])
+    for norm in norms:
+        norm.momentum = 0.1
     return model, make_anchors(COCO_ANCHORS, size)
 
 
