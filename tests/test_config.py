@@ -149,3 +149,14 @@ def test_a_misspelled_flag_names_the_nearest_and_exits_2(capsys):
         cli.parse(Args, ["--img-size", "320"], "")
     assert end.value.code == 2
     assert "--img-sizes" in capsys.readouterr().err
+
+
+def test_a_machine_without_libgl_is_told_what_to_install(monkeypatch, capsys):
+    def main(argv: object) -> int:
+        raise ImportError("libGL.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    assert end.value.code == 1
+    assert "opencv-python-headless" in capsys.readouterr().err

@@ -17,6 +17,7 @@ import yaml
 from yolo.errors import UsageError, UserError
 
 Args = TypeVar("Args")
+WITHOUT_LIBGL = "pip install --force-reinstall --no-deps opencv-python-headless"
 
 
 def parse(
@@ -57,6 +58,11 @@ def run(main: Callable[[Sequence[str] | None], int]) -> None:
         if debug:
             raise
         print(f"error: {error} (--debug shows where)", file=sys.stderr, flush=True)
+        code = 1
+    except ImportError as error:
+        if debug or "libGL" not in str(error):
+            raise
+        print(f"error: OpenCV needs {error.msg}: {WITHOUT_LIBGL}", file=sys.stderr, flush=True)
         code = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
