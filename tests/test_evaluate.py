@@ -14,8 +14,12 @@ from yolo.checkpoint import save_weights
 from yolo.config import Config
 from yolo.data.dataset import read_rgb
 from yolo.data.digits import CLASS_NAMES
+from yolo.data.sources import open_dataset
+from yolo.error_grids import error_grids
 from yolo.errors import UsageError, UserError
 from yolo.figures import plot_curves
+from yolo.metrics.average_precision import load_objects
+from yolo.metrics.matching import Detections
 from yolo.models.yolov3 import YoloV3, make_anchors
 from yolo.plots import class_color, draw_boxes
 
@@ -158,7 +162,7 @@ def test_a_picture_that_cannot_be_read_costs_a_line_and_not_the_others(
     [
         ([], "give --checkpoint FILE, or --detections DIR"),
         (["--checkpoint", "a", "--detections", "b"], "give --checkpoint FILE, or --detections DIR"),
-        (["--detections", "a", "--images", "b"], "need --checkpoint"),
+        (["--detections", "a", "--images", "b"], "scored as it is"),
         (["--checkpoint", "a", "--mosaic", "--write-detections", "b"], "needs whole images"),
     ],
 )
@@ -182,6 +186,14 @@ def test_data_with_other_classes_than_the_checkpoint_is_refused_by_name(
     words = ["--checkpoint", str(weights), "--data-root", str(tmp_path), "--dataset", "voc", *CPU]
     with pytest.raises(UserError, match="zebra"):
         evaluate.main(words)
+
+
+def test_errors_far_outside_of_their_images_are_pictured_all_the_same(tiny_digits: Path) -> None:
+    dataset = open_dataset(Config(data_root=str(tiny_digits)), "test", None)
+    boxes = np.array([[-900.0, -900, -800, -800], [5000, 10, 5003, 900], [0, 0, 1, 3000]])
+    detections = Detections(np.zeros(3, np.int64), boxes, np.array([0.9, 0.8, 0.7]), np.zeros(3, np.int64))
+    grids = error_grids(dataset, detections, load_objects(dataset, [0]), "plain")
+    assert set(grids) == {"false_positives", "misses"}
 
 
 def test_boxes_are_drawn_where_they_are_and_the_picture_is_not_changed() -> None:

@@ -6,13 +6,21 @@ import numpy as np
 from yolo.data.dataset import DetectionDataset
 from yolo.figures import picture_grid
 from yolo.metrics.average_precision import Matching
-from yolo.metrics.errors import BACKGROUND_IOU, KINDS, find_errors, largest_misses, worst_false_positives
+from yolo.metrics.errors import (
+    BACKGROUND_IOU,
+    CLASSIFICATION,
+    KINDS,
+    Errors,
+    find_errors,
+    largest_misses,
+    worst_false_positives,
+)
 from yolo.metrics.matching import Detections, Objects, match_voc, paired_iou
 from yolo.metrics.report import SHOWN_SCORE
 
 GRID_PICTURES = 12
 TILE = 240  # pixels
-FOUND, TRUE = (230, 60, 50), (60, 200, 90)  # RGB of a detection and of an annotated object
+FOUND, TRUE, PAPER = (230, 60, 50), (60, 200, 90), (255, 255, 255)  # RGB of detections, objects, nothing
 
 
 def error_grids(
@@ -35,7 +43,8 @@ def error_grids(
     for row in worst_false_positives(errors, GRID_PICTURES):
         one = detections.at(np.array([row]))
         name, image = dataset.class_names[one.labels[0]], int(one.images[0])
-        caption = f"{name} {one.scores[0]:.0%}: {KINDS[errors.kinds[row]]}\nimage {dataset.image_ids[image]}"
+        caption = f"{name} ({one.scores[0]:.0%}): {_say(errors, row, objects, dataset)}"
+        caption += f"\nimage {dataset.image_ids[image]}"
         false_positives.append((_tile(dataset, image, one.boxes[0], one, objects), caption))
     shown = detections.at(detections.scores >= SHOWN_SCORE)
     found = match_voc(shown, objects, strict=matching == "devkit").objects[0]
@@ -59,6 +68,15 @@ def error_grids(
     return grids
 
 
+def _say(errors: Errors, row: int, objects: Objects, dataset: DetectionDataset) -> str:
+    """Name the kind of error and, of a wrong class, the right one."""
+    kind = errors.kinds[row]
+    truth = (
+        f", is {dataset.class_names[objects.labels[errors.targets[row]]]}" if kind == CLASSIFICATION else ""
+    )
+    return KINDS[kind] + truth
+
+
 def _nearest(detections: Detections, box: np.ndarray, dataset: DetectionDataset) -> str:
     """Say which detection of an image overlaps a box most."""
     iou = paired_iou(detections.boxes, np.broadcast_to(box, detections.boxes.shape))
@@ -78,19 +96,22 @@ def _tile(
     scale = image.shape[1] / dataset.annotation(image_index).width  # a cached image may be smaller
     left, top, right, bottom = _surroundings(focus * scale, image.shape[1], image.shape[0])
     zoom = TILE / max(right - left, bottom - top)
-    tile = cv2.resize(image[top:bottom, left:right], None, fx=zoom, fy=zoom, interpolation=cv2.INTER_AREA)
+    size = [max(1, round(side * zoom)) for side in (right - left, bottom - top)]
+    smooth = cv2.INTER_CUBIC if zoom > 1 else cv2.INTER_AREA
+    tile = cv2.resize(image[top:bottom, left:right], size, interpolation=smooth)
     for items, color in ((objects, TRUE), (detections, FOUND)):
         for box in items.boxes[items.images == image_index]:
             corners = ((box * scale - [left, top] * 2) * zoom).round().astype(int).tolist()
-            thickness = 3 if np.array_equal(box, focus) else 1
+            thickness = 2 if np.array_equal(box, focus) else 1
             cv2.rectangle(tile, corners[:2], corners[2:], color, thickness, cv2.LINE_AA)
-    return tile
+    right_of_image, below_image = TILE - size[0], TILE - size[1]
+    return cv2.copyMakeBorder(tile, 0, below_image, 0, right_of_image, cv2.BORDER_CONSTANT, value=PAPER)
 
 
 def _surroundings(box: np.ndarray, width: int, height: int) -> tuple[int, int, int, int]:
     """Return a square window around a box, 1.6 times its longer side, clipped to the image."""
     half = max(24.0, 0.8 * float((box[2:] - box[:2]).max()))
     centre = (box[:2] + box[2:]) / 2
-    left, top = (int(max(0, value - half)) for value in centre)
-    right, bottom = int(min(width, centre[0] + half)), int(min(height, centre[1] + half))
+    left, top = (int(np.clip(c - half, 0, side - 1)) for c, side in zip(centre, (width, height), strict=True))
+    right, bottom = (int(np.clip(c + half, 1, side)) for c, side in zip(centre, (width, height), strict=True))
     return left, top, max(right, left + 1), max(bottom, top + 1)

@@ -163,7 +163,7 @@ def ap_by_size(results: Results) -> Figure:
     axes.set_xticks(
         range(len(rows)), [f"{titles[name]}\n{row['objects']:,} objects" for name, row in rows.items()]
     )
-    axes.set(ylim=(0, 1.08))
+    axes.set(ylim=(0, 1.2), yticks=np.arange(0, 1.01, 0.2))
     axes.grid(visible=False, axis="x")
     axes.legend(handles=axes.patches[:2], labels=["AP@0.5", "AP@0.5:0.95"], ncols=2, loc="upper center")
     return figure
@@ -188,7 +188,7 @@ def error_budget(results: Results) -> Figure:
         axes.annotate(
             f"  {rows[name]['count']:,} {what}", (1, 0.5), xycoords=value, va="center", color=GREY, fontsize=8
         )
-    axes.set_xlim(0, max(costs) * 1.3 + 1e-3)
+    axes.set_xlim(0, max(costs) * 1.4 + 1e-3)
     axes.grid(visible=False, axis="y")
     return figure
 
@@ -212,7 +212,8 @@ def confusion_matrix(results: Results) -> Figure:
         axes.text(column, row, text, ha="center", va="center", color=color, fontsize=6.5)
     columns = [*names[:-1], "not found"] if has_background else names
     rows = [*names[:-1], "background (count)"] if has_background else names
-    axes.set_xticks(range(len(names)), columns, rotation=60, ha="right", rotation_mode="anchor")
+    slanted: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(range(len(names)), columns, **(slanted if max(map(len, columns)) > 3 else {}))
     axes.set_yticks(range(len(names)), rows)
     axes.grid(visible=False)
     axes.tick_params(length=0)
