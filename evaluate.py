@@ -87,6 +87,7 @@ class EvaluateArgs(HardwareConfig):
         """Return the configuration of the training with everything that was given here."""
         names = {field.name for field in dataclasses.fields(Config)} - {"classes"}
         given = {name: getattr(self, name, None) for name in names}
+        given["skip_bad"] = self.skip_bad or trained.skip_bad
         return dataclasses.replace(
             trained, **{name: value for name, value in given.items() if value is not None}
         )
