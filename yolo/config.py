@@ -123,7 +123,7 @@ class ScheduleConfig:
     max_steps: int | None = None
     """End after this many optimizer steps; the schedule stays as planned."""
     batch_size: int | Literal["auto"] = 16
-    """Global batch of one optimizer step; ranks x grad_accum_steps divide it. `auto`: the largest that fits."""
+    """Global batch of a step; ranks x grad_accum_steps divides it. `auto`: the largest that fits."""
     grad_accum_steps: int = 1
     """Micro-batches per optimizer step."""
     img_sizes: Sizes = (416,)
