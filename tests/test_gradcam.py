@@ -1,3 +1,5 @@
+import json
+
 import cv2
 import numpy as np
 import pytest
@@ -146,6 +148,27 @@ def test_a_box_that_is_not_there_is_refused_with_their_number(detector, pictures
     words = ("--checkpoint", detector, "--images", pictures / "a.jpg", "--output", tmp_path / "map.png")
     with pytest.raises(UserError, match="--box 999: there are 300 detections"):
         explain(*words, "--score-threshold", "0", "--box", "999")
+
+
+def test_evaluating_writes_the_measures_with_what_they_were_measured_on(tmp_path, capsys):
+    model = ResNet(10, 0.125)
+    model.classifier.weight.data *= 0.01
+    model.classifier.bias.data[3] = 9  # right about every 3, and sure of it
+    names = tuple("0123456789")
+    checkpoint = tmp_path / "classifier.safetensors"
+    save_weights(checkpoint, model, Config(width=0.125, task="classification"), names, None, {})
+    words = ("--checkpoint", checkpoint, "--evaluate", "--num-images", "30", "--output", tmp_path)
+    assert explain(*words, "--method", "hirescam") == 0
+    content = json.loads((tmp_path / "explanations.json").read_text())
+    assert set(content["methods"]) == {"hirescam", "eigencam", "random"}
+    assert 0 < content["explained"] < content["images"] == 30
+    assert "digits" in content["data"] and content["checkpoint_digest"]
+    assert "BLIND" in capsys.readouterr().out  # EigenCAM's line
+
+    model.classifier.bias.data[3] = 0
+    save_weights(checkpoint, model, Config(width=0.125, task="classification"), names, None, {})
+    with pytest.raises(UserError, match="the model is right on none of 30 images"):
+        explain(*words)
 
 
 def test_a_text_file_is_no_picture(detector, pictures, tmp_path):
