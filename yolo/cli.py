@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 bad arguments, 143 / 130 stopped by SIGTERM / SI
 
 import dataclasses
 import difflib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
@@ -33,6 +34,7 @@ def parse(
         SystemExit: with 2 for flags that do not parse, with 0 after `--help`.
     """
     words = command_line(argv)
+    description = re.sub(r"(?<!\n)\n(?!\n)", "\n\n", description)  # tyro joins the lines of a paragraph
     if config_file is None:
         return tyro.cli(args_class, args=words, description=description)
     default = _from_yaml(args_class, Path(config_file))
