@@ -116,6 +116,18 @@ def test_suppression_equals_a_double_loop_over_boxes(seed: int) -> None:
         assert torch.equal(detection["labels"], labels[image, expected])
 
 
+def test_with_all_classes_a_prediction_stands_for_each_class_above_the_threshold() -> None:
+    outputs = raw_outputs(batch=1, size=64)
+    boxes, objectness, class_probs = (part[0] for part in decode(outputs, ANCHORS))
+    scores = (objectness[:, None] * class_probs).flatten().tolist()
+    labels = list(range(NUM_CLASSES)) * len(boxes)
+    repeated = boxes.repeat_interleave(NUM_CLASSES, 0).tolist()
+    expected = naive_nms(repeated, scores, labels, SETTINGS["score_threshold"], SETTINGS["iou_threshold"])
+    (detection,) = postprocess(outputs, ANCHORS, **SETTINGS, all_classes=True)
+    places = detection["index"] * NUM_CLASSES + detection["labels"]
+    assert places.tolist() == expected[: SETTINGS["max_detections"]]
+
+
 def test_a_batch_gives_exactly_what_its_images_give_alone() -> None:
     outputs = raw_outputs(batch=9, size=128)
     together = postprocess(outputs, ANCHORS, **SETTINGS)

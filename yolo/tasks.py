@@ -65,6 +65,7 @@ class Test:
     __test__ = False  # pytest would collect a class of this name
 
     dataset: Any
+    loader: str  # how an image is shown, for reports
     samples: Dataset
     collate: Callable
     metrics: Callable[[bool], Metrics]  # (with everything that is slow?) -> a fresh accumulator
@@ -125,7 +126,8 @@ class DetectionEvaluation:
         self.cells.update(outputs, _assign(self.config, targets, self.anchors, img_size))
         if self.detections is None:
             return
-        found = _postprocess(self.config, outputs, self.anchors, self.config.score_threshold)
+        threshold = self.config.score_threshold
+        found = _postprocess(self.config, outputs, self.anchors, threshold, all_classes=True)
         for detection, target in zip(found, targets, strict=True):
             detection["boxes"] = boxes_from_letterbox(
                 detection["boxes"], target["letterbox"], target["height"], target["width"]
@@ -189,6 +191,7 @@ def _build_detection(config: Config) -> Task:
 def _detection_test(config: Config, test_set: Any, anchors: Tensor) -> Test:
     return Test(
         dataset=test_set,
+        loader="single images, letterboxed",
         samples=TestSamples(test_set, config.resolved_test_size),
         collate=plain_collate,
         metrics=lambda full: DetectionEvaluation(config, anchors, test_set, with_map=full),
@@ -221,6 +224,7 @@ def _build_classification(config: Config) -> Task:
 def _classification_test(config: Config, test_set: Any) -> Test:
     return Test(
         dataset=test_set,
+        loader="single images",
         samples=classification.TestImages(test_set),
         collate=classification.collate_images,
         metrics=lambda full: ClassificationMetrics(test_set.class_names),
@@ -230,7 +234,7 @@ def _classification_test(config: Config, test_set: Any) -> Test:
 
 
 def _postprocess(
-    config: Config, outputs: Any, anchors: Tensor, score_threshold: float
+    config: Config, outputs: Any, anchors: Tensor, score_threshold: float, *, all_classes: bool = False
 ) -> list[dict[str, Tensor]]:
     return postprocess(
         outputs,
@@ -238,6 +242,7 @@ def _postprocess(
         score_threshold=score_threshold,
         iou_threshold=config.iou_threshold,
         max_detections=config.max_detections,
+        all_classes=all_classes,
     )
 
 

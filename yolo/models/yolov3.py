@@ -166,37 +166,53 @@ def postprocess(
     score_threshold: float,
     iou_threshold: float,
     max_detections: int,
+    all_classes: bool = False,
 ) -> list[dict[str, Tensor]]:
     """Decode, threshold, and suppress overlapping boxes of the same class, for a whole batch at once.
 
-    A detection's score is objectness x class probability, for its likeliest class.
+    A detection's score is objectness x class probability. A prediction stands for its likeliest class, which
+    is what a person wants to see; with `all_classes` also for every other one that reaches the threshold, as
+    in Darknet's own scoring.
 
     Returns:
         Per image, sorted by score: `boxes` [K, 4] xyxy pixels of the network input, `scores` [K], `labels`
         [K], and `index` [K], the place of each among the N predictions of `decode`; K <= `max_detections`.
     """
     boxes, objectness, class_probs = decode(outputs, anchors)
-    class_probs, labels = class_probs.max(-1)
-    scores = objectness * class_probs
-    detections = []
-    for image in zip(boxes, scores, labels, strict=True):
-        kept = _suppress(*image, score_threshold, iou_threshold)[:max_detections]
-        detections.append(
-            dict(zip(("boxes", "scores", "labels"), (part[kept] for part in image), strict=True))
-        )
-        detections[-1]["index"] = kept
-    return detections
+    scores = objectness[..., None] * class_probs
+    return [
+        _suppress(*image, score_threshold, iou_threshold, max_detections, all_classes)
+        for image in zip(boxes, scores, strict=True)
+    ]
 
 
 def _suppress(
-    boxes: Tensor, scores: Tensor, labels: Tensor, score_threshold: float, iou_threshold: float
-) -> Tensor:
-    """Return the places of what NMS keeps of one image, by falling score.
+    boxes: Tensor,
+    scores: Tensor,
+    score_threshold: float,
+    iou_threshold: float,
+    max_detections: int,
+    all_classes: bool,
+) -> dict[str, Tensor]:
+    """Return the detections of one image from boxes [N, 4] and scores [N, C].
 
     Image by image, because torchvision tells groups apart by moving them away from each other: over a whole
     batch that would cost the last bits of the coordinates, and images would depend on their neighbours.
     """
-    candidates = (scores >= score_threshold).nonzero()[:, 0]
-    order = scores[candidates].argsort(descending=True, stable=True)[:MAX_CANDIDATES]
-    candidates = candidates[order]
-    return candidates[batched_nms(boxes[candidates], scores[candidates], labels[candidates], iou_threshold)]
+    index, labels = _candidates(scores, score_threshold, all_classes)
+    confidence = scores[index, labels]
+    order = confidence.argsort(descending=True, stable=True)[:MAX_CANDIDATES]
+    index, labels, confidence = index[order], labels[order], confidence[order]
+    kept = batched_nms(boxes[index], confidence, labels, iou_threshold)[:max_detections]
+    index = index[kept]
+    return {"boxes": boxes[index], "scores": confidence[kept], "labels": labels[kept], "index": index}
+
+
+def _candidates(scores: Tensor, score_threshold: float, all_classes: bool) -> tuple[Tensor, Tensor]:
+    """Return which predictions reach the threshold, and with which class."""
+    if all_classes:
+        index, labels = (scores >= score_threshold).nonzero(as_tuple=True)
+        return index, labels
+    best, labels = scores.max(-1)
+    index = (best >= score_threshold).nonzero()[:, 0]
+    return index, labels[index]
