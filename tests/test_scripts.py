@@ -11,7 +11,20 @@ import evaluate
 import train
 from yolo.errors import UsageError, UserError
 
-TINY = ["--width", "0.0625", "--img-sizes", "64,96", "--batch-size", "8", "--epochs", "2", "--log-every", "2"]
+TINY = [
+    "--width",
+    "0.0625",
+    "--img-sizes",
+    "64,96",
+    "--batch-size",
+    "8",
+    "--epochs",
+    "2",
+    "--log-every",
+    "2",
+    "--eval-every",
+    "1",
+]
 TINY += ["--workers", "0", "--accelerator", "cpu", "--precision", "32-true"]
 
 
