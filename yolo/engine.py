@@ -518,6 +518,8 @@ def agree(fabric: Fabric, *flags: bool) -> list[bool]:
 
 @cache
 def _cpu_group() -> Any:
+    if dist.get_backend() == "gloo":  # the ranks are connected that way already
+        return dist.group.WORLD
     return dist.new_group(backend="gloo")
 
 
