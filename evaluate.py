@@ -134,7 +134,7 @@ def measure(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
         "checkpoint": str(loaded.path),
         "checkpoint_digest": loaded.digest,
         "weights": "ema",
-        "loader": "mosaics of four test images" if args.mosaic else "single test images",
+        "loader": test.loader,
         "test_size": cfg.resolved_test_size,
         "precision": engine.pick_precision(cfg.precision, fabric.device.type)[0],
         "fast": args.fast,

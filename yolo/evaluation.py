@@ -41,6 +41,7 @@ def on_mosaics(test: Test, config: Config) -> Test:
     config = dataclasses.replace(config, mosaic_prob=1.0, mosaic_off_epochs=0, **plain)  # type: ignore[arg-type]
     return dataclasses.replace(
         test,
+        loader="mosaics of four test images",
         samples=MosaicSamples(test.dataset, config),
         collate=MosaicCollate(config, config.seed),
         metrics=lambda full: test.metrics(False),

@@ -252,7 +252,7 @@ class Run:
             "checkpoint": self.last_checkpoint.name if self.last_checkpoint else None,
             "data": self.task.test.dataset.name,
             "trained_on": self.task.train_set.name,
-            "loader": "single images, letterboxed" if cfg.task == "detection" else "single images",
+            "loader": self.task.test.loader,
             "test_size": cfg.resolved_test_size,
             "thresholds": {
                 name: getattr(cfg, name) for name in ("score_threshold", "iou_threshold", "max_detections")
