@@ -38,7 +38,7 @@ CHROMIUM_FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 )  # fmt: skip
-CONTROLS = (0.3, 0.45, "gradcam", "class", "auto", 0.6)  # score, iou, method, target, layer, opacity
+CONTROLS = (0.3, 0.45, "hirescam", "class", "auto", 0.7)  # score, iou, method, target, layer, opacity
 
 
 @dataclass
@@ -272,7 +272,15 @@ def test_a_person_uploads_filters_clicks_and_downloads(page: Any, server: Server
     page.get_by_role("tab", name="About").click()
     page.get_by_text("How to read a heat map").wait_for()
     assert page.locator('a[href="https://huggingface.co/owner/name"]').count() > 0
-    assert not outside and not problems
+
+    page.get_by_role("tab", name="Detect").click()
+    photo.with_name("not a picture.png").write_bytes(b"no")
+    before = page.locator("#boxes img").get_attribute("src")
+    page.get_by_role("button", name="Remove Image").first.click()
+    page.locator("input[type=file]").first.set_input_files(photo.with_name("not a picture.png"))
+    page.get_by_text("damaged or no picture").wait_for()
+    assert page.locator("#boxes img").get_attribute("src") == before  # what was there stays
+    assert not outside and not problems and "Traceback" not in server.log.read_text()
 
 
 def download(page: Any, button: str) -> str:

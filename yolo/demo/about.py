@@ -54,10 +54,10 @@ HOW_TO_READ = """
 ### How to read a heat map
 
 A detection answers one question: *which part of the picture spoke for this box?* The network is asked for
-the number that it gave (the class, the objectness, or both together), and Grad-CAM traces that number
-back to the map that enters the box's own detection block. **Red** is the strongest evidence in this
-picture, **blue** is weak, and where the picture looks untouched there was none. Every map is scaled to
-its own maximum: compare places within a map, never two maps.
+the number that it gave (the class, the objectness, or both together), and that number is traced back to the
+map that enters the box's own detection block. **Red** is the strongest evidence in this picture, **blue** is
+weak, and where the picture looks untouched there was none. Every map is scaled to its own maximum: compare
+places within a map, never two maps.
 
 - **Beside the object?** The surroundings decided. That is worth knowing: such a model fails when they
   change.
@@ -65,8 +65,9 @@ its own maximum: compare places within a map, never two maps.
   found it.
 - **"Nothing speaks for it"** means that no place raised that number. The map then stays empty, on
   purpose.
-- **Other methods.** *LayerCAM* and *HiResCAM* weigh each place by itself and are sharper. *EigenCAM*
-  ignores the question: it shows the same map for every box, and stands here for comparison only.
+- **Methods.** *HiResCAM* and *LayerCAM* weigh each place by itself. *Grad-CAM* averages its weights over the
+  whole picture, so it can light up other objects of the kind, or nothing. *EigenCAM* ignores the question: it
+  shows the same map for every box, and stands here for comparison only.
 
 A map cannot tell *why* a place counted, nor that nothing else would have done. It is as coarse as its
 layer: a cell of stride 32 is 32 network pixels wide.

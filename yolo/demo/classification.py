@@ -6,9 +6,10 @@ import cv2
 import numpy as np
 
 from yolo.checkpoint import LoadedWeights
+from yolo.demo.detection import MapSettings
 from yolo.demo.pictures import read_picture
 from yolo.demo.samples import Mistake, SampleSet
-from yolo.explain import Explanation, classify, explain_classification, overlay
+from yolo.explain import CLASSIFIER_METHOD, Explanation, classify, explain_classification, overlay
 from yolo.models.resnet import ResNet
 
 SHOWN_SIDE = 480
@@ -41,7 +42,7 @@ class Classifier:
         return Judgement(pixels, classify(self.model, pixels).numpy())
 
     def explain(
-        self, pixels: np.ndarray, label: int, method: str = "gradcam", layer: str = "auto"
+        self, pixels: np.ndarray, label: int, method: str = CLASSIFIER_METHOD, layer: str = "auto"
     ) -> Explanation:
         """Return the heat map of a class."""
         return explain_classification(self.model, pixels, label, method=method, layer=layer)
@@ -50,8 +51,8 @@ class Classifier:
         """Return a misclassified image beside what spoke for the wrong class."""
         pixels = read_picture(samples.folder / mistake.file).pixels
         explanation = self.explain(pixels, mistake.predicted)
-        plain = draw_map(pixels, explanation, 0.0, TILE_SIDE)
-        return np.concatenate([plain, draw_map(pixels, explanation, 0.6, TILE_SIDE)], axis=1)
+        opacities = (0.0, MapSettings().opacity)
+        return np.hstack([draw_map(pixels, explanation, opacity, TILE_SIDE) for opacity in opacities])
 
 
 def draw_map(

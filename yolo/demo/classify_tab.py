@@ -8,18 +8,20 @@ from yolo.demo.classification import Classifier, Judgement, draw_map
 from yolo.demo.parts import (
     METHOD_CHOICES,
     METHOD_NAMES,
+    OPACITY,
     QUEUE,
     RESULT,
     SCALE_BAR,
     Updates,
     ask_for_picture,
+    clear_on_failure,
     picture_input,
     samples_gallery,
     store_image,
 )
 from yolo.demo.pictures import Picture, read_picture
 from yolo.demo.samples import SampleSet
-from yolo.explain import CLASSIFIER_LAYERS, TARGET_BLIND, Explanation
+from yolo.explain import CLASSIFIER_LAYERS, CLASSIFIER_METHOD, TARGET_BLIND, Explanation
 
 TOP_CLASSES = 5
 PREDICTED = -1  # the choice of the target menu that follows the prediction
@@ -44,14 +46,16 @@ class ClassifyTab:
     def on_open(self) -> Updates:
         """Show the first sample, so that nobody meets an empty page."""
         if not self.samples or not self.samples.samples:
-            return {}
-        return self._judge(self._read(self.samples.samples[0].file), PREDICTED, "gradcam", "auto", 0.6)
+            return gr.skip()
+        return self._judge(
+            self._read(self.samples.samples[0].file), PREDICTED, CLASSIFIER_METHOD, "auto", OPACITY
+        )
 
     def on_picture(
         self, picture: Picture | None, target: int, method: str, layer: str, opacity: float
     ) -> Updates:
         """Classify a picture of the person's own."""
-        return {} if picture is None else self._judge(picture, target, method, layer, opacity)
+        return gr.skip() if picture is None else self._judge(picture, target, method, layer, opacity)
 
     def on_sample(self, number: int, target: int, method: str, layer: str, opacity: float) -> Updates:
         """Classify a sample."""
@@ -105,7 +109,7 @@ class ClassifyTab:
     def _lay_out_results(self) -> None:
         with gr.Row():
             self.map = gr.Image(
-                **RESULT, label="Grad-CAM", elem_id="class-map", alt_text="The heat map of the chosen class"
+                **RESULT, label="Heat map", elem_id="class-map", alt_text="The heat map of the chosen class"
             )
             self.probabilities = gr.Label(
                 label="Probabilities", num_top_classes=TOP_CLASSES, min_width=300, elem_id="probabilities"
@@ -117,10 +121,10 @@ class ClassifyTab:
             self.target = gr.Dropdown(
                 [("the predicted one", PREDICTED), *classes], value=PREDICTED, label="Class", min_width=140
             )
-            self.method = gr.Dropdown(METHOD_CHOICES, value="gradcam", label="Method", min_width=140)
+            self.method = gr.Dropdown(METHOD_CHOICES, value=CLASSIFIER_METHOD, label="Method", min_width=140)
             layers = [(LAYER_NAMES.get(layer, layer), layer) for layer in CLASSIFIER_LAYERS]
             self.layer = gr.Dropdown(layers, value="auto", label="Layer", min_width=140)
-            self.opacity = gr.Slider(0.2, 1.0, 0.6, step=0.05, label="Opacity", min_width=140)
+            self.opacity = gr.Slider(0.2, 1.0, OPACITY, step=0.05, label="Opacity", min_width=140)
 
     def _lay_out_mistakes(self) -> None:
         mistakes = self.samples.mistakes if self.samples else ()
@@ -146,9 +150,10 @@ class ClassifyTab:
         settings: list[Any] = [self.target, self.method, self.layer, self.opacity]
         mapped = [self.map, self.caption]
         self.shown = [self.judgement, self.probabilities, *mapped]
-        self.upload.change(
+        uploaded = self.upload.change(
             self.on_picture, [self.upload, *settings], self.shown, api_name="classify", **QUEUE
         )
+        clear_on_failure(uploaded, self.upload)
         self.gallery.click(
             self.on_sample,
             [self.gallery, *settings],

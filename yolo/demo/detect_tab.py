@@ -24,11 +24,13 @@ from yolo.demo.detection import (
 from yolo.demo.parts import (
     METHOD_CHOICES,
     METHOD_NAMES,
+    OPACITY,
     QUEUE,
     RESULT,
     SCALE_BAR,
     Updates,
     ask_for_picture,
+    clear_on_failure,
     picture_input,
     samples_gallery,
     store_file,
@@ -62,7 +64,7 @@ class DetectTab:
     def on_open(self) -> Updates:
         """Show the first sample, so that nobody meets an empty page."""
         if not self.samples or not self.samples.samples:
-            return {}
+            return gr.skip()
         view = self.look_at_sample(0)
         thresholds = Thresholds(SHOWN_SCORE, self.detector.default_iou)
         return {self.view: view, **self._present(view, thresholds, MapSettings())}
@@ -79,7 +81,7 @@ class DetectTab:
     ) -> Updates:
         """Detect on a picture of the person's own, and explain the most confident box."""
         if picture is None:
-            return {}
+            return gr.skip()
         view = self.detector.look(picture)
         settings = MapSettings(method, target, layer, opacity)
         return {self.view: view, **self._present(view, Thresholds(score, iou), settings)}
@@ -145,7 +147,7 @@ class DetectTab:
         x, y = (edge / view.zoom for edge in click.index)
         chosen = at_point(findings, x, y)
         if chosen is None:
-            return {}
+            return gr.skip()
         settings = MapSettings(method, target, layer, opacity)
         return {self.list: chosen.key, **self._explained(view, findings, chosen, settings)}
 
@@ -208,7 +210,7 @@ class DetectTab:
                 alt_text="The picture with its detections",
             )
             self.map = gr.Image(
-                **RESULT, label="Grad-CAM", elem_id="map", alt_text="The heat map of the chosen detection"
+                **RESULT, label="Heat map", elem_id="map", alt_text="The heat map of the chosen detection"
             )
         self.caption = gr.Markdown(elem_classes="caption", elem_id="caption")
         gr.HTML(SCALE_BAR)
@@ -234,7 +236,7 @@ class DetectTab:
             self.layer = gr.Dropdown(
                 [(LAYER_NAMES["auto"], "auto")], value="auto", label="Layer", min_width=140
             )
-            self.opacity = gr.Slider(0.2, 1.0, 0.6, step=0.05, label="Opacity", min_width=140)
+            self.opacity = gr.Slider(0.2, 1.0, OPACITY, step=0.05, label="Opacity", min_width=140)
         self.table = gr.Dataframe(
             headers=list(COLUMNS),
             interactive=False,
@@ -253,7 +255,10 @@ class DetectTab:
         self.shown = [self.view, *shown]
         current = [self.view, self.list, *controls]
         quick: dict[str, Any] = {"trigger_mode": "always_last", "show_progress": "hidden", **QUEUE}
-        self.upload.change(self.on_picture, [self.upload, *controls], self.shown, api_name="detect", **QUEUE)
+        uploaded = self.upload.change(
+            self.on_picture, [self.upload, *controls], self.shown, api_name="detect", **QUEUE
+        )
+        clear_on_failure(uploaded, self.upload)
         self.gallery.click(
             self.on_sample, [self.gallery, *controls], [self.upload, *self.shown], api_name="sample", **QUEUE
         )
@@ -272,7 +277,7 @@ def _by_key(findings: Sequence[Finding], key: str | None) -> Finding | None:
 def _title(finding: Finding, class_names: Sequence[str]) -> str:
     name = class_names[finding.label]
     if finding.kind == "picture":
-        return f"{name} · anywhere"
+        return f"{name} · whole picture"
     return f"{name} · missed" if finding.score is None else f"{name} · {finding.score:.0%}"
 
 

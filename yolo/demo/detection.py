@@ -55,7 +55,7 @@ class MapSettings:
     method: str = DETECTOR_METHOD
     target: str = "class"
     layer: str = "auto"
-    opacity: float = 0.6
+    opacity: float = 0.7
 
 
 @dataclass(frozen=True, eq=False)

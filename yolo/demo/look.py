@@ -42,6 +42,7 @@ CSS = """
 .samples .gallery-item, .samples .gallery-item .container { width: 100%; height: auto; aspect-ratio: 1;
   max-height: none; max-width: none; }
 .samples img { width: 100%; height: 100%; object-fit: cover; }
+[data-testid="status-tracker"]:has(.error) { display: none !important; } /* the message says it all */
 .prose table th, .prose table td { border-color: var(--border-color-primary); padding: 7px 12px; }
 .clickable img { cursor: pointer; }
 .picture img { max-height: 72vh; object-fit: contain; }

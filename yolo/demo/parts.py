@@ -13,6 +13,7 @@ import gradio as gr
 import numpy as np
 from gradio.utils import get_upload_folder
 
+from yolo.demo.detection import MapSettings
 from yolo.demo.pictures import Picture, read_picture
 from yolo.demo.samples import SampleSet
 from yolo.errors import UserError
@@ -28,6 +29,7 @@ _SPELLING = {
     "layercam": "LayerCAM",
     "eigencam": "EigenCAM",
 }
+OPACITY = MapSettings().opacity
 METHOD_NAMES = {method: _SPELLING.get(method, method) for method in METHODS}
 METHOD_CHOICES = [(name, method) for method, name in METHOD_NAMES.items()]
 QUEUE: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 2}
@@ -59,7 +61,7 @@ def shown_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise gr.Error(str(error), title="Sorry", duration=10, print_exception=False) from None
+        raise gr.Error(str(error), print_exception=False) from None
 
 
 def _read_upload(payload: Any) -> Picture | None:
@@ -93,6 +95,11 @@ def store_file(data: bytes, name: str) -> str:
     return str(path)
 
 
+def clear_on_failure(event: Any, upload: gr.Image) -> None:
+    """After a picture that could not be read, clear its place: the message is all that is left of it."""
+    event.failure(lambda: None, None, upload, api_visibility="private", show_progress="hidden")
+
+
 def samples_gallery(samples: SampleSet | None) -> gr.Dataset:
     """Return the samples as thumbnails; a click hands over the number."""
     files = [[str(samples.folder / sample.thumbnail)] for sample in samples.samples] if samples else []
@@ -111,4 +118,4 @@ def samples_gallery(samples: SampleSet | None) -> gr.Dataset:
 def ask_for_picture() -> Updates:
     """Tell somebody whose picture was forgotten, or who never chose one."""
     gr.Info("Please choose a picture first: there is none, or it was not used for an hour.")
-    return {}
+    return gr.skip()
