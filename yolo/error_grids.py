@@ -81,11 +81,10 @@ def _nearest(detections: Detections, box: np.ndarray, dataset: DetectionDataset)
     """Say which detection of an image overlaps a box most."""
     iou = paired_iou(detections.boxes, np.broadcast_to(box, detections.boxes.shape))
     if iou.max(initial=0) < BACKGROUND_IOU:
-        return "nothing near"
+        return "nothing"
     best = int(iou.argmax())
-    return (
-        f"{dataset.class_names[detections.labels[best]]} {detections.scores[best]:.0%}, IoU {iou[best]:.2f}"
-    )
+    name = dataset.class_names[detections.labels[best]]
+    return f"{name} ({detections.scores[best]:.0%}, IoU {iou[best]:.2f})"
 
 
 def _tile(
