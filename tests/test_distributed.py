@@ -220,6 +220,7 @@ def torchrun(*words: str, **env: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow  # eight starts of Python with torch
 def test_torchrun_restarts_after_a_killed_rank_and_ends_as_if_nothing_had_happened(
     tiny_config: Path, two_ranks: Path, tmp_path: Path
 ) -> None:
