@@ -119,9 +119,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.continue_from(checkpoint, may_replan=args.replan)
     elif resuming:
         fabric.print(f"nothing to resume in {folder.path}: starting fresh")
-    if state.step >= engine.end_of(cfg, run.schedule) and folder.results.exists():
-        fabric.print(f"{folder.path} is at its end (step {state.step}): see {folder.results}")
-        return 0
+    if state.step >= engine.end_of(cfg, run.schedule):
+        if folder.results.exists():
+            fabric.print(f"{folder.path} is at its end (step {state.step}): see {folder.results}")
+            return 0
+        state.evaluation_due = True  # the last test was cut off before its results were written
     run.start()
     fabric.print(engine.introduction(fabric, cfg, task, run))
     return train(fabric, state, task, sampler, stop, run)

@@ -61,7 +61,7 @@ workers: 0
 precision: 32-true
 accelerator: cpu
 log_every: 2
-save_every: "2"
+save_every: "3"
 max_lr: 0.01
 """
     )

@@ -84,7 +84,9 @@ def _train(argv: list[str], hook: Callable[[], None] | None) -> None:
     from yolo import run
     from yolo.cli import run as run_script
 
-    run.plot_curves = lambda *arguments: None  # two seconds each, and not what is tested here
+    run.plot_curves = lambda *arguments: None  # a second each, and not what is tested here
+    if "--plan-only" not in argv:
+        run.plot_schedule = lambda *arguments: None
     if hook:
         hook()
     sys.argv = ["train.py", *argv]

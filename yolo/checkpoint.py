@@ -69,9 +69,10 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     try:
         with replacing(path) as temporary, temporary.open("wb") as file:
             torch.save(content, file)
-    except (OSError, RuntimeError) as error:  # torch wraps some of the disk's errors
+    except (OSError, RuntimeError) as error:
+        reason = error.__context__ or error  # torch's writer hides the disk's error behind its own
         raise UserError(
-            f"cannot write {path} ({error}); earlier checkpoints are untouched: free some space and "
+            f"cannot write {path} ({reason}); earlier checkpoints are untouched: free some space and "
             "--resume, or continue in another --out-dir"
         ) from error
 
