@@ -3,7 +3,7 @@
 import copy
 import os
 import shutil
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from yolo.errors import UserError
 from yolo.models.darknet import images_to_float
+
+Network = TypeVar("Network", bound=nn.Module)
 
 COMPILERS = ("g++", "clang++", "cl")  # what torch.compile looks for on Linux, macOS and Windows
 
@@ -70,7 +72,7 @@ def cpu_computes_bf16() -> bool:
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def fuse(model: nn.Module) -> nn.Module:
+def fuse(model: Network) -> Network:
     """Return a copy in eval mode in which each convolution has absorbed the batch normalisation behind it."""
     model = copy.deepcopy(model).eval()
     for module in model.modules():

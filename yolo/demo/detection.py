@@ -28,6 +28,7 @@ from yolo.explain import (
     responsible_cell,
     trace_detector,
 )
+from yolo.inference import fuse
 from yolo.metrics.matching import Detections, Objects, match_voc
 from yolo.models.yolov3 import STRIDES, YoloV3, postprocess
 from yolo.plots import class_color, draw_boxes
@@ -94,7 +95,7 @@ class Detector:
 
     def __init__(self, loaded: LoadedWeights) -> None:
         assert isinstance(loaded.model, YoloV3) and loaded.anchors is not None
-        self.model = loaded.model
+        self.model = fuse(loaded.model)  # an eighth faster
         self.anchors = loaded.anchors
         self.class_names = loaded.class_names
         self.size = loaded.test_size
