@@ -202,10 +202,17 @@ def load_weights(path: Path) -> LoadedWeights:
         config=config,
         class_names=class_names,
         anchors=None if anchors is None else torch.as_tensor(anchors, dtype=torch.float32),
-        results=content.get("results") or {},
+        results=content.get("results") or _results_of_run(path, content),
         digest=content_digest({"weights": content["ema"]})[:16],
         path=path,
     )
+
+
+def _results_of_run(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `results.json` of the run that a checkpoint ended; nothing for an earlier checkpoint."""
+    file = path.absolute().parent.parent / "results.json"
+    results = json.loads(file.read_text()) if file.is_file() else {}
+    return results if results.get("step") == content.get("step") else {}
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
