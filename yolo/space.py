@@ -111,8 +111,12 @@ def build(
     with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         space = Path(scratch) / "space"
         _copy_code(source, space)
-        samples = {task: _write_model(space, model, count, data) for task, model in models.items()}
-        _write_texts(space, models, samples)
+        samples = {}
+        if count > 0:
+            for task, model in models.items():
+                config = dataclasses.replace(model.loaded.config, **data)
+                samples[task] = write_samples(space / "samples" / task, model.loaded, config, count)
+        _write_texts(space, {task: _write_weights(space, model) for task, model in models.items()}, samples)
         if folder.exists():
             folder.rmdir()
         space.rename(folder)
@@ -191,27 +195,20 @@ def _copy_code(source: Path, space: Path) -> None:
     shutil.copytree(source / "yolo", space / "yolo", ignore=shutil.ignore_patterns("__pycache__"))
 
 
-def _write_model(space: Path, model: Model, count: int, data: Mapping[str, Any]) -> SampleSet | None:
-    """Write weights and samples, without the paths of the machine on which they were made."""
+def _write_weights(space: Path, model: Model) -> Model:
+    """Write weights without the paths of the machine on which they were made; return them as written."""
     loaded = model.loaded
     config = dataclasses.replace(loaded.config, data_root=None, init_weights=None)
     path = space / "weights" / f"{loaded.task}.safetensors"
     path.parent.mkdir(exist_ok=True)
     save_weights(path, loaded.model, config, loaded.class_names, loaded.anchors, loaded.results)
-    return (
-        write_samples(
-            space / "samples" / loaded.task, loaded, dataclasses.replace(loaded.config, **data), count
-        )
-        if count > 0
-        else None
-    )
+    return Model(load_weights(path), model.url)
 
 
-def _write_texts(space: Path, models: Mapping[str, Model], samples: Mapping[str, SampleSet | None]) -> None:
-    cards = "\n\n".join(_card(model, samples[task]) for task, model in models.items())
-    (space / "README.md").write_text(
-        f"---\n{yaml.safe_dump(_front_matter(models), sort_keys=False)}---\n\n{cards}\n"
-    )
+def _write_texts(space: Path, models: Mapping[str, Model], samples: Mapping[str, SampleSet]) -> None:
+    cards = "\n\n".join(_card(model, samples.get(task)) for task, model in models.items())
+    front = yaml.safe_dump(_front_matter(models), sort_keys=False, allow_unicode=True)
+    (space / "README.md").write_text(f"---\n{front}---\n\n{cards}\n")
     (space / "MODEL_CARD.md").write_text(f"{cards}\n")
     (space / "requirements.txt").write_text(requirements())
     (space / "packages.txt").write_text("\n".join(SYSTEM_PACKAGES) + "\n")
@@ -234,7 +231,7 @@ def _front_matter(models: Mapping[str, Model]) -> dict[str, Any]:
         "app_file": "app.py",
         "license": "mit",
         "short_description": "What it sees, and what made it think so",
-        "tags": ["yolov3", "grad-cam", *(task.replace("detection", "object-detection") for task in models)],
+        "tags": ["yolov3", "grad-cam", *(TASKS[task].replace(" ", "-") for task in models)],
         **({"models": linked} if linked else {}),
     }
 
