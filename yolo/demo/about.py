@@ -155,5 +155,5 @@ def _sample_lines(samples: SampleSet | None) -> list[str]:
     if samples is None or not samples.samples:
         return []
     credits = sorted({sample.credit for sample in samples.samples if sample.credit})
-    line = f"- **Samples:** from the test split, at equal distances, not picked by hand ({samples.data})"
+    line = f"- **Samples:** from the test split, not picked by hand ({samples.data})"
     return [line + (f". Photographs by {'; '.join(credits)}." if credits else ".")]

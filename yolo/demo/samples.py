@@ -102,7 +102,7 @@ def read_samples(folder: Path) -> SampleSet | None:
 
 
 def write_samples(folder: Path, loaded: LoadedWeights, config: Config, count: int) -> SampleSet:
-    """Take `count` pictures from the test data, at equal distances, into the new folder `folder`.
+    """Take `count` pictures from the test data, spread over it, into the new folder `folder`.
 
     Raises:
         UserError: if the test data that `config` names cannot be opened.
