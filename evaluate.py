@@ -115,17 +115,19 @@ def measure(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
     from yolo import engine
     from yolo.evaluation import on_mosaics
     from yolo.inference import prepare
+    from yolo.loaders import make_test_loader
     from yolo.metrics.interchange import write_detections
+    from yolo.processes import make_fabric, pick_precision
     from yolo.tasks import build_test
 
     cfg = args.over(loaded.config)
-    fabric, _ = engine.make_fabric(cfg)
+    fabric, _ = make_fabric(cfg)
     test = build_test(cfg, loaded.class_names, loaded.anchors)
     if args.mosaic:
         test = on_mosaics(test, cfg)
     metrics: Any = test.metrics(True)
     test = dataclasses.replace(test, metrics=lambda full: metrics)  # keeps the detections, not only their mAP
-    loader = engine.make_test_loader(fabric, cfg, test)
+    loader = make_test_loader(fabric, cfg, test)
     model = prepare(loaded.model, fabric.device, fast=args.fast, compiled=args.compile)
     results = engine.evaluate(fabric, model, test, loader, full=True)
     if not fabric.is_global_zero or results is None:
@@ -136,7 +138,7 @@ def measure(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
         "weights": "ema",
         "loader": test.loader,
         "test_size": cfg.resolved_test_size,
-        "precision": engine.pick_precision(cfg.precision, fabric.device.type)[0],
+        "precision": pick_precision(cfg.precision, fabric.device.type)[0],
         "fast": args.fast,
         "thresholds": {
             key: getattr(cfg, key) for key in ("score_threshold", "iou_threshold", "max_detections")
@@ -199,10 +201,11 @@ def predict_pictures(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
     from yolo.inference import prepare
     from yolo.metrics.report import SHOWN_SCORE
     from yolo.prediction import Predictor, predict_files, write_predictions
+    from yolo.processes import make_fabric
 
     paths = list_pictures(args.images or "")
     cfg = args.over(loaded.config)
-    fabric, _ = engine.make_fabric(cfg)
+    fabric, _ = make_fabric(cfg)
     model = prepare(loaded.model, fabric.device, fast=args.fast, compiled=args.compile)
     threshold = SHOWN_SCORE if args.score_threshold is None else args.score_threshold
     predictor = Predictor(

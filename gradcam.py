@@ -108,9 +108,12 @@ def explain_pictures(args: GradcamArgs, loaded: "LoadedWeights") -> int:
     from yolo import panels
     from yolo.data.dataset import read_rgb
     from yolo.data.pictures import list_pictures
+    from yolo.tasks import by_task
 
     question = make_question(args, loaded)
-    make_panels = panels.detector_panels if loaded.task == "detection" else panels.classifier_panels
+    make_panels = by_task(
+        loaded.task, detection=panels.detector_panels, classification=panels.classifier_panels
+    )
     pictures = list_pictures(args.images or "")
     failed = 0
     for picture, output in zip(pictures, output_paths(args.output, pictures), strict=True):
@@ -134,15 +137,13 @@ def make_question(args: GradcamArgs, loaded: "LoadedWeights") -> "Question":
     """Translate the flags.
 
     Raises:
-        UsageError: if the model does not know the class, or is a classifier asked about a box.
+        UsageError: if the model does not know the class.
     """
     from yolo.panels import Question
 
     if args.class_name is not None and args.class_name not in loaded.class_names:
         known = ", ".join(loaded.class_names)
         raise UsageError(f"--class-name {args.class_name}: the model does not know it; it knows {known}")
-    if args.missed and loaded.task == "classification":
-        raise UsageError("--missed: a classifier has no boxes; give a detector as --checkpoint")
     return Question(
         methods=asked_methods(args, loaded),
         target=args.target,
@@ -158,8 +159,9 @@ def make_question(args: GradcamArgs, loaded: "LoadedWeights") -> "Question":
 def asked_methods(args: GradcamArgs, loaded: "LoadedWeights") -> tuple[str, ...]:
     """Return the names in `--method`, or the default of the task."""
     from yolo.explain import CLASSIFIER_METHOD, DETECTOR_METHOD
+    from yolo.tasks import by_task
 
-    default = DETECTOR_METHOD if loaded.task == "detection" else CLASSIFIER_METHOD
+    default = by_task(loaded.task, detection=DETECTOR_METHOD, classification=CLASSIFIER_METHOD)
     return tuple((args.method or default).split(","))
 
 

@@ -20,8 +20,9 @@ from yolo.run_folder import find_run_folder, stored_config
 
 if TYPE_CHECKING:
     from yolo.data.samplers import MultiSizeBatchSampler
-    from yolo.engine import Fabric, State
+    from yolo.processes import Fabric
     from yolo.run import Run
+    from yolo.state import State
     from yolo.stopping import StopRequest
     from yolo.tasks import Task
 
@@ -71,17 +72,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     max_seconds = parse_seconds("--max-time", args.max_time) if args.max_time else None
 
     # torch takes seconds to import: not before the arguments are known to be right
-    from yolo import engine, tuning
+    from yolo import engine, loaders, processes, tuning
     from yolo.checkpoint import find_newest
     from yolo.doctor import check_data
     from yolo.mirror import Mirror
     from yolo.pretrained import init_weights
     from yolo.run import Run
+    from yolo.state import make_state
     from yolo.stopping import StopRequest
     from yolo.tasks import build_task
 
     stop = StopRequest(max_seconds)
-    fabric, scaler = engine.make_fabric(cfg)
+    fabric, scaler = processes.make_fabric(cfg)
     folder = fabric.broadcast(folder)
     fabric.seed_everything(cfg.seed, verbose=False)
     if args.check_data:
@@ -100,8 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         tuning.find_max_lr(fabric, scaler, task, folder.path)
         return 0
     cfg = task.config
-    sampler = engine.make_sampler(fabric, cfg, len(task.train_set))
-    state = engine.make_state(fabric, scaler, cfg, task)
+    sampler = loaders.make_sampler(fabric, cfg, len(task.train_set))
+    state = make_state(fabric, scaler, cfg, task)
     run = Run(
         folder,
         task,
@@ -119,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.continue_from(checkpoint, may_replan=args.replan)
     elif resuming:
         fabric.print(f"nothing to resume in {folder.path}: starting fresh")
-    if state.step >= engine.end_of(cfg, run.schedule):
+    if state.step >= run.end:
         if folder.results.exists():
             fabric.print(f"{folder.path} is at its end (step {state.step}): see {folder.results}")
             return 0
@@ -138,25 +140,24 @@ def train(
     run: "Run",
 ) -> int:
     """Train, test and save, epoch after epoch, until the end or a request to stop; return the exit code."""
-    from yolo import engine
+    from yolo import engine, loaders, processes
     from yolo.stopping import EXIT_CODES
 
-    train_loader = engine.make_train_loader(fabric, task.config, task, sampler)
-    test_loader = engine.make_test_loader(fabric, task.config, task.test)
-    end = engine.end_of(task.config, run.schedule)
+    train_loader = loaders.make_train_loader(fabric, task.config, task, sampler)
+    test_loader = loaders.make_test_loader(fabric, task.config, task.test)
     results = None
-    while results is None or state.step < end:
-        if not state.evaluation_due and state.step < end:
+    while results is None or state.step < run.end:
+        if not state.evaluation_due and state.step < run.end:
             engine.train_one_epoch(fabric, state, task, train_loader, stop, run)
-        reason = engine.agreed_reason(fabric, stop)
+        reason = processes.agreed_reason(fabric, stop)
         if reason is None:
             results = engine.evaluate_if_due(fabric, state, task, test_loader, stop, run)
-            reason = engine.agreed_reason(fabric, stop)
+            reason = processes.agreed_reason(fabric, stop)
         run.save()
         if reason is not None:
             run.close()
-            path = run.folder.path
-            fabric.print(f"stopped by {reason} at step {state.step} of {end}; continue with --resume {path}")
+            stopped = f"stopped by {reason} at step {state.step} of {run.end}"
+            fabric.print(f"{stopped}; continue with --resume {run.folder.path}")
             return EXIT_CODES[reason]
     run.finish(results)
     return 0

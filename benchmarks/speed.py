@@ -32,7 +32,9 @@ from yolo.inference import fuse, make_fast, prepare
 from yolo.loss import YoloLoss, assign_targets, count_targets
 from yolo.metrics.average_precision import average_precision
 from yolo.models.yolov3 import YoloV3, make_anchors, postprocess
+from yolo.processes import make_fabric
 from yolo.provenance import hardware
+from yolo.state import make_state
 from yolo.tasks import Task
 
 NUM_CLASSES = 20
@@ -200,9 +202,9 @@ def training_rows(
 
 def _training_step(width: float, size: int, batch: int, precision: str, compiled: bool) -> Callable[[], None]:
     with contextlib.redirect_stderr(None):
-        fabric, scaler = engine.make_fabric(HardwareConfig(accelerator="cpu", precision=precision))  # type: ignore[arg-type]
+        fabric, scaler = make_fabric(HardwareConfig(accelerator="cpu", precision=precision))  # type: ignore[arg-type]
     task = make_task(width, size)
-    state = engine.make_state(fabric, scaler, task.config, task)
+    state = make_state(fabric, scaler, task.config, task)
     if compiled:
         state.model = torch.compile(state.model, dynamic=False)
     micro_batches = [make_batch(batch, size)]

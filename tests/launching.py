@@ -8,7 +8,7 @@ from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-PRELOAD = ["train", "yolo.engine", "yolo.tuning", "yolo.pretrained", "torch.utils.tensorboard"]
+PRELOAD = ["train", "yolo.tuning", "yolo.pretrained", "torch.utils.tensorboard"]
 
 
 def start_training(

@@ -50,23 +50,23 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def gradient(config: Config, grad_accum_steps: int) -> dict[str, torch.Tensor]:
     """Return the gradient of the first global batch: float64, BatchNorm statistics frozen."""
-    from yolo import engine
+    from yolo import engine, loaders, processes, state
     from yolo.tasks import build_task
 
     config = dataclasses.replace(config, grad_accum_steps=grad_accum_steps, max_norm=1e9)
-    fabric, _ = engine.make_fabric(config)
+    fabric, _ = processes.make_fabric(config)
     torch.manual_seed(0)
     task = build_task(config)
     task.model.double().register_forward_pre_hook(lambda _, images: (images[0].double() / 255,))
-    engine.make_optimizer = unit_descent  # type: ignore[assignment]
-    state = engine.make_state(fabric, None, config, task)
-    state.network.eval()
-    before = copy.deepcopy(state.network.state_dict())
-    loader = engine.make_train_loader(fabric, config, task, engine.make_sampler(fabric, config, 24))
+    state.make_optimizer = unit_descent  # type: ignore[assignment]
+    training = state.make_state(fabric, None, config, task)
+    training.network.eval()
+    before = copy.deepcopy(training.network.state_dict())
+    loader = loaders.make_train_loader(fabric, config, task, loaders.make_sampler(fabric, config, 24))
     micro_batches = next(engine.optimizer_steps(loader, grad_accum_steps))
-    engine.train_step(fabric, state, task, micro_batches, lr=1.0, beta1=0.0)
-    after = state.network.state_dict()
-    return {name: before[name] - after[name] for name, _ in state.network.named_parameters()}
+    engine.train_step(fabric, training, task, micro_batches, lr=1.0, beta1=0.0)
+    after = training.network.state_dict()
+    return {name: before[name] - after[name] for name, _ in training.network.named_parameters()}
 
 
 def unit_descent(network: torch.nn.Module, *_: Any, **__: Any) -> torch.optim.SGD:
@@ -96,14 +96,14 @@ def detect_nearly_the_truth() -> None:
 
 def evaluation(config: Config) -> dict[str, Any]:
     """Test an untrained network, one image at a time."""
-    from yolo import engine
+    from yolo import engine, loaders, processes
     from yolo.tasks import build_task
 
     detect_nearly_the_truth()
-    fabric, _ = engine.make_fabric(config)
+    fabric, _ = processes.make_fabric(config)
     torch.manual_seed(0)
     task = build_task(dataclasses.replace(config, score_threshold=0.0))
-    loader = engine.make_test_loader(
+    loader = loaders.make_test_loader(
         fabric, dataclasses.replace(config, batch_size=fabric.world_size), task.test
     )
     results = engine.evaluate(fabric, task.model.eval(), task.test, loader, full=True)

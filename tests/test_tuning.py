@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from yolo import engine, tuning
+from yolo import processes, tuning
 from yolo.cli import read_yaml
 from yolo.config import Config
 from yolo.errors import UserError
@@ -20,7 +20,7 @@ def task(tiny_config: Path) -> Task:
 
 @pytest.fixture
 def fabric(task: Task) -> Any:
-    return engine.make_fabric(task.config)[0]
+    return processes.make_fabric(task.config)[0]
 
 
 def let_only_fit(batch_size: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -82,8 +82,14 @@ def detector_panels(loaded: LoadedWeights, image: np.ndarray, question: Question
 
 
 def classifier_panels(loaded: LoadedWeights, image: np.ndarray, question: Question) -> list[Panel]:
-    """Return the image with its likeliest classes, then per method the map of the asked or likeliest one."""
+    """Return the image with its likeliest classes, then per method the map of the asked or likeliest one.
+
+    Raises:
+        UsageError: for an unknown method or layer, or if the question is about a missed object.
+    """
     assert isinstance(loaded.model, ResNet)
+    if question.missed is not None:
+        raise UsageError("--missed: a classifier has no boxes; give a detector as --checkpoint")
     probabilities = explain.classify(loaded.model, image)
     best = probabilities.argsort(descending=True)[:TOP_CLASSES].tolist()
     said = ", ".join(f"{loaded.class_names[label]} {float(probabilities[label]):.0%}" for label in best)

@@ -21,6 +21,7 @@ from yolo.errors import UserError
 from yolo.figures import save_figures
 from yolo.models.yolov3 import postprocess
 from yolo.plots import draw_boxes
+from yolo.tasks import by_task
 
 BATCH = 8
 TOP_CLASSES = 5
@@ -44,7 +45,7 @@ class Predictor:
             pixels of the picture) or, of a classifier, `classes` (each `class` and `probability`); the
             likeliest first.
         """
-        answer = self._detect if self.loaded.task == "detection" else self._classify
+        answer = by_task(self.loaded.task, detection=self._detect, classification=self._classify)
         sizes = [{"height": picture.shape[0], "width": picture.shape[1]} for picture in pictures]
         return [size | found for size, found in zip(sizes, answer(pictures), strict=True)]
 

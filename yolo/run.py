@@ -83,6 +83,11 @@ class Run:
         self.best_pending = False
         self.started = time.monotonic()
 
+    @property
+    def end(self) -> int:
+        """The number of optimizer steps after which training ends."""
+        return min(len(self.schedule), self.task.config.max_steps or len(self.schedule))
+
     def continue_from(self, path: Path, *, may_replan: bool) -> None:
         """Load a checkpoint and the schedule that it was trained by; `may_replan` lets the schedule change.
 

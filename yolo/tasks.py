@@ -6,7 +6,7 @@ the data. The engine runs any of them through the same loop.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import cv2
 import numpy as np
@@ -33,6 +33,8 @@ from yolo.plots import draw_boxes
 
 PICTURES = 8  # in TensorBoard
 SHOWN_SCORE = 0.3
+
+T = TypeVar("T")
 
 
 class Criterion(Protocol):
@@ -91,23 +93,26 @@ class Task:
     test: Test
 
 
+def by_task(task: str, *, detection: T, classification: T) -> T:
+    """Return what belongs to a task: nothing outside of this module (and the app) asks which one it is."""
+    return {"detection": detection, "classification": classification}[task]
+
+
 def build_task(config: Config) -> Task:
     """Open the data that `config` names and build everything else for it."""
-    return _build_classification(config) if config.task == "classification" else _build_detection(config)
+    return by_task(config.task, detection=_build_detection, classification=_build_classification)(config)
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
     """Return the untrained network of a configuration."""
-    network = ResNet if config.task == "classification" else YoloV3
+    network: type[YoloV3 | ResNet] = by_task(config.task, detection=YoloV3, classification=ResNet)
     return network(num_classes, config.width)
 
 
 def build_test(config: Config, class_names: Sequence[str], anchors: Tensor | None) -> Test:
     """Open `config.split` for testing a trained model, with its classes and anchors."""
-    if config.task == "classification":
-        return _classification_test(config, cifar10.open_dataset(config, config.split, class_names))
-    assert anchors is not None
-    return _detection_test(config, open_dataset(config, config.split, class_names), anchors)
+    build = by_task(config.task, detection=_open_detection_test, classification=_open_classification_test)
+    return build(config, class_names, anchors)
 
 
 class DetectionEvaluation:
@@ -188,6 +193,11 @@ def _build_detection(config: Config) -> Task:
     )
 
 
+def _open_detection_test(config: Config, class_names: Sequence[str], anchors: Tensor | None) -> Test:
+    assert anchors is not None
+    return _detection_test(config, open_dataset(config, config.split, class_names), anchors)
+
+
 def _detection_test(config: Config, test_set: Any, anchors: Tensor) -> Test:
     return Test(
         dataset=test_set,
@@ -219,6 +229,10 @@ def _build_classification(config: Config) -> Task:
         train_collate=classification.collate_images,
         test=_classification_test(config, test_set),
     )
+
+
+def _open_classification_test(config: Config, class_names: Sequence[str], anchors: Tensor | None) -> Test:
+    return _classification_test(config, cifar10.open_dataset(config, config.split, class_names))
 
 
 def _classification_test(config: Config, test_set: Any) -> Test:

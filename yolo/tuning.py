@@ -17,19 +17,12 @@ import torch
 from yolo.atomic import replacing
 from yolo.config import Config
 from yolo.data.samplers import MultiSizeBatchSampler
-from yolo.engine import (
-    Fabric,
-    gather,
-    make_optimizer,
-    make_sampler,
-    make_state,
-    make_train_loader,
-    optimizer_steps,
-    sum_over_ranks,
-    train_step,
-)
+from yolo.engine import optimizer_steps, train_step
 from yolo.errors import UserError
+from yolo.loaders import make_sampler, make_train_loader
 from yolo.logbook import Progress
+from yolo.processes import Fabric, gather, sum_over_ranks
+from yolo.state import make_optimizer, make_state
 from yolo.tasks import Task
 
 GPU_BATCH, CPU_BATCH = 256, 16  # largest micro-batches that are tried

@@ -68,6 +68,5 @@ class Darknet53(nn.Module):
 
 def images_to_float(images: Tensor) -> Tensor:
     """Map uint8 images to [0, 1] in channels_last order; floating images keep their values."""
-    if images.dtype == torch.uint8:
-        images = images.float() / 255
-    return images.contiguous(memory_format=torch.channels_last)
+    images = images.contiguous(memory_format=torch.channels_last)  # while a pixel is one byte: 4 times faster
+    return images.float().div_(255) if images.dtype == torch.uint8 else images

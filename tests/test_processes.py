@@ -1,0 +1,35 @@
+"""How the processes of a run read their surroundings."""
+
+import pytest
+
+from yolo import processes
+from yolo.config import Config
+
+ENVIRONMENT = ("LOCAL_WORLD_SIZE", "WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "SLURM_NNODES")
+
+
+@pytest.mark.parametrize(
+    ("environment", "flags", "world"),
+    [
+        ({"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "8"}, {}, (2, 4)),  # torchrun wins over the flags
+        ({"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}, {"devices": 7}, (2, 1)),
+        ({"SLURM_NTASKS_PER_NODE": "4", "SLURM_NNODES": "3"}, {}, (4, 3)),
+        ({}, {"devices": 2, "num_nodes": 3}, (2, 3)),
+    ],
+)
+def test_the_world_is_what_the_launcher_says(monkeypatch, environment, flags, world):
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert processes.world(Config(**flags)) == world
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "picked"),
+    [("auto", "cuda", "16-mixed"), ("auto", "mps", "32-true"), ("bf16-mixed", "cuda", "bf16-mixed")],
+)
+def test_precision_follows_the_device_unless_it_is_given(wanted, device, picked):
+    precision, why = processes.pick_precision(wanted, device)
+    assert precision == picked
+    assert why
