@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from yolo import cli
 from yolo.config import Config, parse_seconds
-from yolo.run_folder import find_run_folder, stored_config
+from yolo.run_folder import RunFolder, find_run_folder, stored_config
 
 if TYPE_CHECKING:
     from yolo.data.samplers import MultiSizeBatchSampler
@@ -59,13 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, assemble, train; return the exit code."""
     words = cli.command_line(argv)
     config_file = cli.value_of("--config", words) or DEFAULT_CONFIG
-    name, out_dir = Path(config_file).stem, cli.value_of("--out-dir", words)
-    resume, mirror_url = cli.value_of("--resume", words), cli.value_of("--mirror", words)
-    if resume == "auto" and mirror_url:
-        from yolo.mirror import bring_back
-
-        bring_back(mirror_url, name, out_dir)
-    folder, source, resuming = find_run_folder(name, out_dir, resume)
+    folder, source, resuming = locate_run(words, Path(config_file).stem)
     stored = stored_config(folder, source) if resuming else None  # a resumed run keeps its settings
     args = cli.parse(TrainArgs, words, __doc__ or "", stored or config_file)
     cfg = Config.from_dict(args.to_dict())
@@ -129,6 +123,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.start()
     fabric.print(engine.introduction(fabric, cfg, task, run))
     return train(fabric, state, task, sampler, stop, run)
+
+
+def locate_run(words: Sequence[str], config_name: str) -> tuple[RunFolder, Path | None, bool]:
+    """Return the folder of the run, the checkpoint that `--resume` names, and whether to go on at all."""
+    out_dir, resume = cli.value_of("--out-dir", words), cli.value_of("--resume", words)
+    mirror_url = cli.value_of("--mirror", words)
+    if resume == "auto" and mirror_url:
+        from yolo.mirror import bring_back
+
+        bring_back(mirror_url, config_name, out_dir)
+    return find_run_folder(config_name, out_dir, resume)
 
 
 def train(

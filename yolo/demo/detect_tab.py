@@ -47,7 +47,11 @@ LAYER_NAMES = {"auto": "the box's own", "fused": "all of them, averaged"}
 
 
 class DetectTab:
-    """Components and handlers; instances live inside the `gr.Blocks` in which they are made."""
+    """Components and handlers; instances live inside the `gr.Blocks` in which they are made.
+
+    The handlers spell out their inputs because Gradio reads the parameter names of its public functions
+    (`/detect`, `/filter`, `/explain`, ...) from them.
+    """
 
     def __init__(self, detector: Detector, samples: SampleSet | None) -> None:
         self.detector = detector
