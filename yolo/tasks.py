@@ -105,7 +105,8 @@ def build_task(config: Config) -> Task:
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
     """Return the untrained network of a configuration."""
-    network: type[YoloV3 | ResNet] = by_task(config.task, detection=YoloV3, classification=ResNet)
+    network: Callable[[int, float], nn.Module]
+    network = by_task(config.task, detection=YoloV3, classification=ResNet)
     return network(num_classes, config.width)
 
 
