@@ -27,12 +27,12 @@ from yolo.loss import ScaleTargets, YoloLoss, assign_targets, count_targets
 from yolo.metrics.average_precision import DetectionMetrics
 from yolo.metrics.cell_accuracy import CellAccuracy
 from yolo.metrics.classification import ClassificationMetrics
+from yolo.metrics.report import SHOWN_SCORE
 from yolo.models.resnet import ResNet
 from yolo.models.yolov3 import STRIDES, YoloV3, make_anchors, postprocess
 from yolo.plots import draw_boxes
 
 PICTURES = 8  # in TensorBoard
-SHOWN_SCORE = 0.3
 
 T = TypeVar("T")
 
