@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from yolo.config import Config
+from yolo.data.samplers import MultiSizeBatchSampler
 from yolo.engine import optimizer_steps, train_step
 from yolo.loaders import make_sampler, make_train_loader
 from yolo.processes import make_fabric
@@ -61,3 +62,39 @@ def test_micro_batches_add_up_to_the_gradient_of_the_whole_batch(task):
         gradients.append([parameter.grad for parameter in model.parameters()])
     for whole, summed in zip(*gradients, strict=True):
         torch.testing.assert_close(summed, whole, rtol=1e-6, atol=1e-9)
+
+
+def test_what_makes_a_step_fast_leaves_its_losses_alone(task):
+    """Channels last, bytes to floats late, fused Adam, a grouped average: against the plain way to write it."""
+    batches = [task.train_collate([task.train_samples[key] for key in keys]) for keys in _sample_keys(task)]
+    plain = copy.deepcopy(task.model).train()
+    optimizer = torch.optim.Adam(plain.parameters(), lr=2e-4, foreach=False)
+    weights = [parameter for parameter in plain.parameters() if parameter.ndim > 1]
+    wanted = []
+    for images, targets in batches:
+        assigned = task.assign(targets, images.shape[-1])
+        losses = task.criterion(plain(images.float() / 255), assigned, task.count(assigned))
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), task.config.max_norm, foreach=False)
+        for weight in weights:
+            weight.grad.add_(weight.detach(), alpha=task.config.weight_decay)
+        optimizer.step()
+        wanted.append([loss.item() for loss in losses.values()])
+
+    fabric, scaler = make_fabric(task.config)
+    state = make_state(fabric, scaler, task.config, task)
+    found = []
+    for batch in batches:
+        state.loss_sums = {}
+        train_step(fabric, state, task, [batch], lr=2e-4, beta1=0.9)
+        found.append([float(loss) for loss in state.loss_sums.values()])
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-4, atol=1e-4)
+    assert found[-1] != pytest.approx(found[0], rel=0.01)  # it did learn in between
+
+
+def _sample_keys(task):
+    sampler = MultiSizeBatchSampler(len(task.train_set), 8, (64,), seed=3)
+    for epoch in range(2):
+        sampler.set_position(epoch, 0)
+        yield from sampler
