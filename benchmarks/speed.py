@@ -28,7 +28,7 @@ from yolo.checkpoint import LoadedWeights
 from yolo.config import COCO_ANCHORS, Config, HardwareConfig
 from yolo.explain import explain_detections, trace_detector
 from yolo.export import export_onnx
-from yolo.inference import fuse, make_fast, prepare
+from yolo.inference import cpu_computes_bf16, make_fast, prepare
 from yolo.loss import YoloLoss, assign_targets, count_targets
 from yolo.metrics.average_precision import average_precision
 from yolo.models.yolov3 import YoloV3, make_anchors, postprocess
@@ -39,7 +39,10 @@ from yolo.tasks import Task
 
 NUM_CLASSES = 20
 BOXES_PER_IMAGE = 8
-PRECISION = {torch.float32: "32-true", torch.bfloat16: "bf16-mixed"}
+PRECISION = {torch.float32: "32-true"}  # slow to fast; without native instructions bf16 is emulated
+if cpu_computes_bf16():
+    PRECISION[torch.bfloat16] = "bf16-mixed"
+FASTEST = list(PRECISION)[-1]
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 ROOT = Path(__file__).parents[1]
 
@@ -190,7 +193,7 @@ def training_rows(
     for dtype, precision in PRECISION.items():
         limit = 3 * forward_flops(width, size) * batch / convolution_peak(dtype)
         for compile_it in compiled:
-            if compile_it and dtype == torch.float32:
+            if compile_it and dtype != FASTEST:
                 continue
             step = _training_step(width, size, batch, precision, compile_it)
             seconds = seconds_of(step, repeats)
@@ -216,7 +219,7 @@ def loss_row(width: float, size: int, batch: int, step_seconds: float) -> Row:
     task = make_task(0.125, size)
     images, targets = make_batch(batch, size)
     with torch.no_grad():
-        outputs = [output.bfloat16() for output in task.model(images)]
+        outputs = [output.to(FASTEST) for output in task.model(images)]
 
     def once() -> None:
         leaves = [output.detach().requires_grad_() for output in outputs]
@@ -237,12 +240,12 @@ def inference_rows(
     model.eval()
     forms: dict[str, tuple[torch.dtype, Callable[[Tensor], Any]]] = {
         "eager fp32": (torch.float32, model),
-        "fused fp32": (torch.float32, fuse(model)),
-        "fused bf16": (torch.bfloat16, make_fast(model, torch.bfloat16)),
     }
+    for dtype in PRECISION:
+        forms[f"fused {NAMES[dtype]}"] = (dtype, make_fast(model, dtype))
     if compiled:
-        fast = make_fast(model, torch.bfloat16)
-        forms["fused bf16, compiled"] = (torch.bfloat16, prepare(fast, torch.device("cpu"), compiled=True))
+        fast = prepare(make_fast(model, FASTEST), torch.device("cpu"), compiled=True)
+        forms[f"fused {NAMES[FASTEST]}, compiled"] = (FASTEST, fast)
     forms["ONNX Runtime fp32"] = (torch.float32, _onnx_session(model, width, size))
     for batch in batches:
         images = make_batch(batch, size)[0]
