@@ -41,8 +41,9 @@ def test_a_step_uses_the_given_rate_and_moves_the_average(task):
     train_step(fabric, state, task, micro_batches, lr=1e-3, beta1=0.9)
     assert (state.step, state.batch) == (1, 1)
     assert {group["lr"] for group in state.optimizer.param_groups} == {1e-3}
-    moved = [name for name, value in state.network.named_parameters() if not torch.equal(value, before[name])]
-    assert len(moved) == len(list(state.network.parameters()))
+    for name, value in state.network.named_parameters():
+        waits = ".reduce." in name or ".expand.0." in name  # behind a normalisation that starts at zero
+        assert waits or not torch.equal(value, before[name]), name
     name = "backbone.stem.0.weight"
     averaged = 0.1 * before[name] + 0.9 * state.network.state_dict()[name]  # the decay begins at 0.1
     torch.testing.assert_close(state.ema.module.state_dict()[name], averaged)
@@ -65,8 +66,9 @@ def test_micro_batches_add_up_to_the_gradient_of_the_whole_batch(task):
 
 
 def test_what_makes_a_step_fast_leaves_its_losses_alone(task):
-    """Channels last, bytes to floats late, fused Adam, a grouped average: against the plain way to write it."""
-    batches = [task.train_collate([task.train_samples[key] for key in keys]) for keys in _sample_keys(task)]
+    """Channels last, bytes to floats late, fused Adam, a grouped average: against the plain way of it."""
+    sampler = MultiSizeBatchSampler(len(task.train_set), 8, (64,), seed=3)
+    batches = [task.train_collate([task.train_samples[key] for key in keys]) for keys in sampler]
     plain = copy.deepcopy(task.model).train()
     optimizer = torch.optim.Adam(plain.parameters(), lr=2e-4, foreach=False)
     weights = [parameter for parameter in plain.parameters() if parameter.ndim > 1]
@@ -91,10 +93,3 @@ def test_what_makes_a_step_fast_leaves_its_losses_alone(task):
         found.append([float(loss) for loss in state.loss_sums.values()])
     torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-4, atol=1e-4)
     assert found[-1] != pytest.approx(found[0], rel=0.01)  # it did learn in between
-
-
-def _sample_keys(task):
-    sampler = MultiSizeBatchSampler(len(task.train_set), 8, (64,), seed=3)
-    for epoch in range(2):
-        sampler.set_position(epoch, 0)
-        yield from sampler

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from yolo.config import COCO_ANCHORS
 from yolo.models import yolov3
+from yolo.models.darknet import Residual
 from yolo.models.yolov3 import ANCHORS_PER_SCALE, STRIDES, YoloV3, decode, make_anchors, postprocess
 
 NUM_CLASSES = 3
@@ -51,6 +52,13 @@ def test_outputs_are_coarse_to_fine_at_strides_32_16_8(model: YoloV3, size: int)
     for output, stride, other in zip(outputs, STRIDES, same, strict=True):
         assert output.shape == (2, 3, size // stride, size // stride, 5 + NUM_CLASSES)
         torch.testing.assert_close(output, other)
+
+
+def test_a_residual_block_starts_as_the_identity_and_learns_to_be_more() -> None:
+    block, x = Residual(16), torch.randn(2, 16, 8, 8)
+    assert torch.equal(block(x), x)
+    block(x).sum().backward()
+    assert block.expand[1].weight.grad.abs().min() > 0
 
 
 def test_the_first_step_does_not_fire_everywhere(model: YoloV3) -> None:

@@ -1,5 +1,7 @@
 """Darknet-53, YOLOv3's backbone (Redmon & Farhadi 2018, table 1), and blocks that the networks share."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -28,12 +30,17 @@ class ConvBnAct(nn.Sequential):
 
 
 class Residual(nn.Module):
-    """A 1x1 convolution to half the channels, a 3x3 back, and the sum with the input."""
+    """A 1x1 convolution to half the channels, a 3x3 back, and the sum with the input.
+
+    The last normalisation starts at zero, so that the block starts as the identity and bears a higher
+    learning rate (Goyal et al. 2017, arXiv:1706.02677, section 5.1).
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.reduce = ConvBnAct(channels, channels // 2, 1)
         self.expand = ConvBnAct(channels // 2, channels, 3)
+        nn.init.zeros_(cast(nn.BatchNorm2d, self.expand[1]).weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, C, H, W] to the same shape."""
