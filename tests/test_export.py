@@ -109,6 +109,9 @@ def test_safetensors_are_read_back_with_everything(tmp_path: Path) -> None:
     for name, value in again.model.state_dict().items():
         if value.is_floating_point():
             assert torch.equal(value, model.state_dict()[name].half().float()), name
+    (tmp_path / "plain").touch()
+    modes = {(tmp_path / name).stat().st_mode for name in ("small.safetensors", "plain")}
+    assert len(modes) == 1, "a web server or a colleague cannot read it"
 
 
 def test_a_difference_from_eager_leaves_no_file(

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from yolo.atomic import replacing
@@ -174,7 +174,7 @@ def save_weights(
         "results": json.dumps(results),
     }
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        temporary.write_bytes(save(tensors, metadata))  # `save_file` would let nobody else read it
 
 
 def load_weights(path: Path) -> LoadedWeights:
