@@ -1,6 +1,7 @@
 """What one optimizer step does."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -65,8 +66,10 @@ def test_micro_batches_add_up_to_the_gradient_of_the_whole_batch(task):
         torch.testing.assert_close(summed, whole, rtol=1e-6, atol=1e-9)
 
 
-def test_what_makes_a_step_fast_leaves_its_losses_alone(task):
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_what_makes_a_step_fast_leaves_its_losses_alone(task, compiled):
     """Channels last, bytes to floats late, fused Adam, a grouped average: against the plain way of it."""
+    config = dataclasses.replace(task.config, compile=compiled)
     sampler = MultiSizeBatchSampler(len(task.train_set), 8, (64,), seed=3)
     batches = [task.train_collate([task.train_samples[key] for key in keys]) for keys in sampler]
     plain = copy.deepcopy(task.model).train()
@@ -84,8 +87,8 @@ def test_what_makes_a_step_fast_leaves_its_losses_alone(task):
         optimizer.step()
         wanted.append([loss.item() for loss in losses.values()])
 
-    fabric, scaler = make_fabric(task.config)
-    state = make_state(fabric, scaler, task.config, task)
+    fabric, scaler = make_fabric(config)
+    state = make_state(fabric, scaler, config, task)
     found = []
     for batch in batches:
         state.loss_sums = {}
