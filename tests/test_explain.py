@@ -45,6 +45,7 @@ def model() -> YoloV3:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.bias, -0.3, 0.3)
+            nn.init.ones_(module.weight)  # residual blocks start at zero
     for head in model.heads:
         nn.init.normal_(head[-1].weight, std=0.2)
     return model
