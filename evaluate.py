@@ -118,6 +118,7 @@ def measure(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
     from yolo.loaders import make_test_loader
     from yolo.metrics.interchange import write_detections
     from yolo.processes import make_fabric, pick_precision
+    from yolo.provenance import hardware
     from yolo.tasks import build_test
 
     cfg = args.over(loaded.config)
@@ -139,6 +140,7 @@ def measure(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
         "loader": test.loader,
         "test_size": cfg.resolved_test_size,
         "precision": pick_precision(cfg.precision, fabric.device.type)[0],
+        "hardware": hardware(fabric.device, fabric.world_size),
         "fast": args.fast,
         "thresholds": {
             key: getattr(cfg, key) for key in ("score_threshold", "iou_threshold", "max_detections")
@@ -204,8 +206,10 @@ def predict_pictures(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
     from yolo.processes import make_fabric
 
     paths = list_pictures(args.images or "")
-    cfg = args.over(loaded.config)
+    cfg = dataclasses.replace(args.over(loaded.config), devices=1, num_nodes=1)  # they write the same files
     fabric, _ = make_fabric(cfg)
+    if not fabric.is_global_zero:  # torchrun's number of processes wins
+        return 0
     model = prepare(loaded.model, fabric.device, fast=args.fast, compiled=args.compile)
     threshold = SHOWN_SCORE if args.score_threshold is None else args.score_threshold
     predictor = Predictor(

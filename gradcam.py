@@ -188,7 +188,7 @@ def evaluate(args: GradcamArgs, loaded: "LoadedWeights") -> int:
     from yolo.logbook import Progress
     from yolo.models.resnet import ResNet
     from yolo.models.yolov3 import YoloV3
-    from yolo.provenance import provenance
+    from yolo.provenance import hardware, provenance
     from yolo.tasks import build_test
 
     given = {name: getattr(args, name) for name in ("data_root", "split") if getattr(args, name)}
@@ -231,6 +231,7 @@ def evaluate(args: GradcamArgs, loaded: "LoadedWeights") -> int:
         "methods": results,
         "checkpoint": str(loaded.path),
         "checkpoint_digest": loaded.digest,
+        "hardware": hardware(next(loaded.model.parameters()).device),
         **provenance(),
     }
     path = Path(args.output or "gradcam") / "explanations.json"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from yolo import cli
 from yolo.config import Config, parse_seconds
+from yolo.errors import UsageError
 from yolo.run_folder import RunFolder, find_run_folder, stored_config
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = cli.parse(TrainArgs, words, __doc__ or "", stored or config_file)
     cfg = Config.from_dict(args.to_dict())
     max_seconds = parse_seconds("--max-time", args.max_time) if args.max_time else None
+    if args.plan_only and folder.holds_a_run:
+        raise UsageError(f"--plan-only would replace the schedule of {folder.path}: name another --out-dir")
 
     # torch takes seconds to import: not before the arguments are known to be right
     from yolo import engine, loaders, processes, tuning
@@ -78,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     stop = StopRequest(max_seconds)
     fabric, scaler = processes.make_fabric(cfg)
-    folder = fabric.broadcast(folder)
+    # rank 0 decides: other nodes may see other files
+    folder, source, resuming, stored, cfg = fabric.broadcast((folder, source, resuming, stored, cfg))
     fabric.seed_everything(cfg.seed, verbose=False)
     if args.check_data:
         return 1 if fabric.is_global_zero and check_data(cfg, folder.path, fabric.print) else 0
@@ -161,6 +165,7 @@ def train(
         run.save()
         if reason is not None:
             run.close()
+            fabric.barrier()  # when one rank exits, launchers kill the others: not before rank 0 wrote
             stopped = f"stopped by {reason} at step {state.step} of {run.end}"
             fabric.print(f"{stopped}; continue with --resume {run.folder.path}")
             return EXIT_CODES[reason]

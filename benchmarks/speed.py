@@ -77,7 +77,7 @@ def machine() -> str:
     """Say where the table was made."""
     peaks = ", ".join(f"{NAMES[dtype]} {convolution_peak(dtype) / 1e9:.0f} GFLOP/s" for dtype in PRECISION)
     return (
-        f"{hardware()}; torch {torch.__version__}, {torch.get_num_threads()} thread(s), "
+        f"{hardware(torch.device('cpu'))}; torch {torch.__version__}, {torch.get_num_threads()} thread(s), "
         f"{'elapsed' if clock is time.perf_counter else 'CPU'} time; "
         f"fastest convolution {peaks}; copy {copy_speed() / 1e9:.1f} GB/s"
     )

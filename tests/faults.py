@@ -30,15 +30,21 @@ def kill_after_step(step: int) -> None:
     after_step(step, lambda state: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def signal_after_step(step: int, *numbers: int) -> None:
-    """Receive signals."""
+def signal_after_step(step: int, *numbers: int, pause: float = 0.05) -> None:
+    """Receive signals, with a pause after each."""
 
     def send(state: Any) -> None:
         for number in numbers:
             os.kill(os.getpid(), number)
-            time.sleep(0.05)
+            time.sleep(pause)
 
     after_step(step, send)
+
+
+def signal_group_after_step(step: int, number: int) -> None:
+    """Receive a signal as Ctrl-C and torchrun send it: to the whole process group."""
+    os.setpgid(0, 0)  # not that of the tests
+    after_step(step, lambda state: os.killpg(os.getpgrp(), number))
 
 
 def slow_steps(seconds: float) -> None:

@@ -49,6 +49,7 @@ def test_a_stored_configuration_reads_back_the_same(tmp_path):
         ("epochs: many", "'epochs: many'"),
         ("img_sizes: [300]", "multiples of 32"),
         ("- a list", "key: value"),
+        ("out_dir: here", "unknown key 'out_dir'"),
         ("a: [", "line 2: is not valid YAML"),
     ],
 )
@@ -79,6 +80,9 @@ def test_a_missing_yaml_file_is_named(tmp_path):
         ({"width": -1.0}, "--width"),
         ({"anchors": "1,2,3"}, "--anchors"),
         ({"save_every": "soon"}, "soon"),
+        ({"seed": -1}, "--seed"),
+        ({"workers": -1}, "--workers"),
+        ({"weight_decay": -0.1}, "--weight-decay"),
     ],
 )
 def test_values_that_cannot_work_are_refused_by_their_flag(values, flag):
@@ -108,7 +112,7 @@ def test_intervals_are_steps_or_times(text, expected):
     assert parse_interval(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "0", "10x", "m", "-5", "2h45"])
+@pytest.mark.parametrize("text", ["", "0", "10x", "m", "-5", "2h45", "1.2.3m", "²"])
 def test_bad_intervals_are_refused(text):
     with pytest.raises(UsageError):
         parse_interval(text)
@@ -160,3 +164,18 @@ def test_a_machine_without_libgl_is_told_what_to_install(monkeypatch, capsys):
         cli.run(main)
     assert end.value.code == 1
     assert "opencv-python-headless" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("--out-dir a", "a"),
+        ("--out-dir=a", "a"),
+        ("--out_dir a", "a"),
+        ("--out-dir a --seed 1 --out_dir=b", "b"),
+        ("--seed 1", None),
+        ("--out-dir", None),
+    ],
+)
+def test_a_flag_is_read_ahead_as_it_will_be_parsed(line, value):
+    assert cli.value_of("--out-dir", line.split()) == value

@@ -217,6 +217,32 @@ def test_a_run_comes_back_on_a_fresh_machine(tmp_path: Path, url: str) -> None:
     assert fetch_run(url, "voc-1", fresh) is None  # nothing newer any more
 
 
+def test_a_fetch_that_breaks_off_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mirrored_run(tmp_path, "flaky://bucket", "voc-1")
+    fresh, get_file = tmp_path / "fresh", FlakyFileSystem.get_file
+    for broken in ("schedule.txt", "epoch000-step000020-lr1.000e-03.ckpt"):
+
+        def break_off(self: Any, path: str, *rest: Any, broken: str = broken, **settings: Any) -> None:
+            if path.endswith(broken):
+                raise ConnectionError("gone")
+            get_file(self, path, *rest, **settings)
+
+        monkeypatch.setattr(FlakyFileSystem, "get_file", break_off)
+        with pytest.raises(UserError, match="gone"):
+            fetch_run("flaky://bucket", "voc-1", fresh)
+    monkeypatch.setattr(FlakyFileSystem, "get_file", get_file)
+    assert fetch_run("flaky://bucket", "voc-1", fresh) is not None
+    assert (fresh / "schedule.txt").read_text() == "planned"
+
+
+def test_strangers_at_a_mirror_are_left_there(tmp_path: Path, url: str) -> None:
+    mirrored_run(tmp_path, url, "voc-1")
+    fs, folder = fsspec.core.url_to_fs(f"{url}/voc-1/checkpoints")
+    fs.pipe_file(f"{folder}/mine.ckpt", b"notes")
+    path = fetch_run(url, "voc-1", tmp_path / "fresh")
+    assert path is not None and "step000020" in path.name
+
+
 def test_local_checkpoints_that_are_newer_win(tmp_path: Path, url: str) -> None:
     mirrored_run(tmp_path, url, "voc-1")
     fresh = tmp_path / "second_machine"

@@ -17,6 +17,7 @@ from yolo.checkpoint import content_digest, load_checkpoint
 from yolo.logbook import TIMINGS, read_metrics
 from yolo.run_folder import list_checkpoints
 from yolo.schedule import read_schedule
+from yolo.stopping import SAME_SIGNAL
 
 STEPS = 12  # 24 images in batches of 4, two epochs
 EXACT = ("model", "ema", "optimizer", "scaler", "step", "epoch", "batch", "best_score", "loss_sums")
@@ -136,8 +137,24 @@ def test_signals_at_the_end_of_an_epoch_and_of_the_run_leave_the_test_for_later(
     assert "is at its end" in trainer.output
 
 
-def test_a_second_signal_exits_at_once(trainer: Trainer) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_group_leaves_the_loaders_workers_at_work(
+    trainer: Trainer, number: signal.Signals
+) -> None:
+    stop = partial(faults.signal_group_after_step, 4, number)
+    assert trainer("--workers", "2", hook=stop) == 128 + number, trainer.output
+    assert trainer.steps[-1] == 4
+    assert trainer.output.count("finishing this step and saving") == 1
+
+
+def test_a_signal_that_arrives_twice_is_one(trainer: Trainer) -> None:
     stop = partial(faults.signal_after_step, 4, signal.SIGTERM, signal.SIGTERM)
+    assert trainer(hook=stop) == 143
+    assert trainer.steps[-1] == 4
+
+
+def test_a_second_signal_exits_at_once(trainer: Trainer) -> None:
+    stop = partial(faults.signal_after_step, 4, signal.SIGTERM, signal.SIGTERM, pause=SAME_SIGNAL + 0.1)
     assert trainer(hook=stop) == 143
     assert trainer.steps == [3]
 
@@ -174,7 +191,7 @@ def test_half_precision_resumes_with_its_scaler(trainer: Trainer, tmp_path: Path
 
 def test_a_loss_that_stays_nan_stops_and_names_the_last_good_checkpoint(trainer: Trainer) -> None:
     assert trainer(hook=partial(faults.poison_after_step, 4)) == 1
-    assert "not been finite" in trainer.error()
+    assert "not finite" in trainer.error()
     assert trainer.checkpoints[-1].name in trainer.error()
     assert trainer.steps == [3]
     assert all(value.isfinite().all() for value in load_checkpoint(trainer.checkpoints[-1])["model"].values())
@@ -342,6 +359,14 @@ def test_plan_only_writes_the_schedule_and_stops(trainer: Trainer) -> None:
     assert trainer("--plan-only") == 0
     assert {path.name for path in trainer.run_dir.iterdir()} == {"schedule.txt", "schedule.png"}
     assert len(read_schedule(trainer.run_dir / "schedule.txt")) == STEPS
+
+
+def test_plan_only_leaves_the_schedule_of_a_run_alone(trainer: Trainer) -> None:
+    assert trainer("--max-steps", "1") == 0
+    before = (trainer.run_dir / "schedule.txt").read_bytes()
+    assert trainer("--resume", "auto", "--epochs", "3", "--plan-only") == 2
+    assert "--out-dir" in trainer.error()
+    assert (trainer.run_dir / "schedule.txt").read_bytes() == before
 
 
 def test_find_lr_writes_its_curve_and_max_lr_auto_takes_the_proposal(trainer: Trainer) -> None:

@@ -63,6 +63,24 @@ def test_a_folder_with_a_run_is_refused_unless_it_is_resumed(tmp_path):
     assert find_run_folder("voc", str(tmp_path / "run"), "auto")[0].path == tmp_path / "run"
 
 
+def test_resuming_what_holds_no_run_is_refused(tmp_path):
+    run = make_run(tmp_path / "run", steps=(7,))
+    make_run(tmp_path / "empty")
+    for folder in (run.checkpoints, tmp_path / "empty", tmp_path):
+        with pytest.raises(UsageError, match="holds no checkpoints"):
+            find_run_folder("voc", None, str(folder))
+    assert find_run_folder("voc", None, str(run.path))[0].path == run.path
+
+
+def test_a_checkpoint_outside_of_a_run_needs_a_folder_to_write_to(tmp_path):
+    stray = tmp_path / "epoch000-step000007-lr1.000e-03.ckpt"
+    stray.write_text("")
+    with pytest.raises(UsageError, match="--out-dir"):
+        find_run_folder("voc", None, str(stray))
+    folder, source, _ = find_run_folder("voc", str(tmp_path / "mine"), str(stray))
+    assert (folder.path, source) == (tmp_path / "mine", stray)
+
+
 def as_worker_of_torchrun(monkeypatch, restart_count):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restart_count))
@@ -82,6 +100,19 @@ def test_a_restart_by_torchrun_goes_on_in_the_folder_of_this_launch(tmp_path, mo
     again, source, resuming = find_run_folder("voc", out_dir, None)
     assert again.path == first.path
     assert (source, resuming) == (None, True)
+
+
+def test_after_a_restart_other_nodes_find_the_folder_by_the_run_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    as_worker_of_torchrun(monkeypatch, restart_count=1)
+    run = make_run(tmp_path / "runs" / "voc-20260101-000000", steps=(1,))
+    run.launch.write_text("none 999999999")  # by the agent of the first node
+    assert not find_run_folder("voc", None, None)[2]
+    monkeypatch.setenv("GROUP_RANK", "1")
+    folder, _, resuming = find_run_folder("voc", None, None)
+    assert (folder.path.name, resuming) == (run.path.name, True)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    assert not find_run_folder("voc", None, None)[2]
 
 
 def test_a_restart_before_anything_was_written_starts_as_the_flags_say(tmp_path, monkeypatch):

@@ -208,6 +208,12 @@ def test_nothing_but_the_pages_own_pictures_is_served(server: Server, client: Cl
         client.predict(payload, *CONTROLS, api_name="/detect")
 
 
+def test_addresses_are_never_fetched(client: Client):
+    payload = {"path": "https://example.com/large.png", "meta": {"_type": "gradio.FileData"}}
+    with pytest.raises(AppError, match="upload the picture itself"):
+        client.predict(payload, *CONTROLS, api_name="/detect")
+
+
 def test_eight_people_at_once_get_no_error(server: Server, photo: Path, tmp_path: Path):
     def connect(number: int) -> Client:
         folder = tmp_path / str(number)

@@ -1,8 +1,13 @@
-"""What the optimizer is told."""
+"""What the optimizer is told, and when a state is beyond repair."""
+
+import torch
 
 from yolo.config import Config
+from yolo.ema import Ema
+from yolo.models.resnet import ResNet
 from yolo.models.yolov3 import YoloV3
-from yolo.state import make_optimizer
+from yolo.processes import make_fabric
+from yolo.state import State, make_optimizer
 
 
 def test_only_kernels_decay():
@@ -14,3 +19,17 @@ def test_only_kernels_decay():
     assert all(parameter.ndim == 1 for parameter in others["params"])
     count = sum(len(group["params"]) for group in (weights, others))
     assert count == len(list(network.parameters()))
+
+
+def test_weights_and_statistics_have_to_be_finite_averaged_ones_too():
+    network = ResNet(3, 0.125)
+    ema = Ema(network, 0.9)
+    fabric, _ = make_fabric(Config(accelerator="cpu", precision="32-true"))
+    state = State(fabric, network, network, None, ema, None, torch.zeros(()))
+    for module in (network, ema.module):
+        for values in (module.prep[0].weight, module.prep[1].running_var):
+            assert state.is_finite()
+            kept = values.detach().clone()
+            values.detach()[0] = torch.inf
+            assert not state.is_finite()
+            values.detach().copy_(kept)

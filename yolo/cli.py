@@ -94,6 +94,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def _from_yaml(args_class: type[Args], path: Path) -> Args:
     values = read_yaml(path)
     known = {field.name for field in dataclasses.fields(args_class)}  # type: ignore[arg-type]
+    known -= {"config", "out_dir", "resume"}  # read off the command line before anything else
     words: list[str] = []
     for key, value in values.items():
         if key not in known:
@@ -127,10 +128,10 @@ def _first_bad_key(args_class: type, values: dict[str, Any]) -> str:
 
 
 def value_of(flag: str, words: Sequence[str]) -> str | None:
-    """Return what follows `flag` in a command line that is not parsed yet; None without it."""
+    """Return what the last `flag` in a command line that is not parsed yet says; None without it."""
+    found = None
     for word, following in zip_longest(words, words[1:]):
-        if word == flag:
-            return following
-        if word.startswith(f"{flag}="):
-            return word.split("=", 1)[1]
-    return None
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") == flag:
+            found = value if equals else following
+    return found

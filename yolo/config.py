@@ -5,6 +5,7 @@ import: `--help` answers without torch.
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -235,6 +236,9 @@ class Config(
         for name in ("max_steps", "plot_every", "keep", "batch_size", "max_lr", "map_every", "devices"):
             if not isinstance(getattr(self, name), str | None):
                 _require_positive(name, getattr(self, name))
+        for name in ("seed", "weight_decay", "mosaic_off_epochs", "workers"):
+            if not isinstance(getattr(self, name), str):
+                _require_not_negative(name, getattr(self, name))
         parse_interval(self.save_every)
         anchor_sizes(self.anchors)
 
@@ -288,19 +292,11 @@ def parse_interval(text: str) -> tuple[int | None, float | None]:
     Raises:
         UsageError: if the text is neither.
     """
-    if text.isdigit() and int(text) > 0:
+    if text.isdecimal() and int(text) > 0:
         return int(text), None
-    seconds, digits = 0.0, ""
-    for letter in text:
-        if letter.isdigit() or letter == ".":
-            digits += letter
-        elif letter in "smh" and digits:
-            seconds += float(digits) * {"s": 1, "m": 60, "h": 3600}[letter]
-            digits = ""
-        else:
-            digits = "?"
-            break
-    if digits or seconds <= 0:
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smh])", text)
+    seconds = sum(float(number) * {"s": 1, "m": 60, "h": 3600}[unit] for number, unit in parts)
+    if "".join(number + unit for number, unit in parts) != text or seconds <= 0:
         raise UsageError(
             f"'{text}' is no interval: want a number of steps such as 500, or a time such as 90s, 10m, 2h45m"
         )
@@ -341,3 +337,8 @@ def _require_probability(name: str, value: float) -> None:
 def _require_positive(name: str, value: float) -> None:
     if not value > 0:
         raise UsageError(f"{_flag(name)} {value}: must be positive")
+
+
+def _require_not_negative(name: str, value: float) -> None:
+    if not value >= 0:
+        raise UsageError(f"{_flag(name)} {value}: must not be negative")

@@ -45,14 +45,14 @@ def introduction(fabric: Fabric, cfg: Config, task: Task, run: Run) -> str:
         f"data         {task.train_set.name}: {len(task.train_set)} images; test {task.test.dataset.name}: "
         f"{len(task.test.dataset)} images; {len(task.class_names)} classes",
         f"model        {type(task.model).__name__}, width {cfg.width:g}, {parameters:,} parameters",
-        f"hardware     {fabric.world_size} process(es) on {hardware()}; precision {precision}: {why}",
+        f"hardware     {fabric.world_size} process(es) on {hardware(fabric.device)}; "
+        f"precision {precision}: {why}",
         f"schedule     {len(run.schedule)} steps of batch {cfg.batch_size} at "
         f"{','.join(map(str, cfg.img_sizes))} px, test at {cfg.resolved_test_size} px",
     ]
-    if torch.cuda.is_available() and torch.cuda.device_count() > fabric.world_size:
-        lines.append(
-            f"hint         {torch.cuda.device_count()} GPUs are visible: --devices auto uses all of them"
-        )
+    gpus = torch.cuda.device_count() if fabric.device.type == "cuda" and cfg.devices != "auto" else 0
+    if gpus > fabric.world_size:
+        lines.append(f"hint         {gpus} GPUs are visible: --devices auto uses all of them")
     if cfg.mosaic_prob > 0.75:
         lines.append("hint         --mosaic-prob 0.5 to 0.75 is advised: no object in a mosaic is large")
     if cfg.anchors == "auto" and task.anchors is not None:
@@ -88,7 +88,9 @@ def train_step(
             state.loss_sums[name] = state.loss_sums.get(name, 0.0) + loss.detach().double()
     for group in state.optimizer.param_groups:
         group["lr"], group["betas"] = lr, (beta1, group["betas"][1])
-    fabric.clip_gradients(state.model, state.optimizer, max_norm=cfg.max_norm, error_if_nonfinite=False)
+    if state.scaler:
+        state.scaler.unscale_(state.optimizer.optimizer)
+    nn.utils.clip_grad_norm_(state.network.parameters(), cfg.max_norm)  # Fabric's refuses a fused optimizer
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.ema.update(state.network, state.step)

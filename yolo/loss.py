@@ -36,6 +36,7 @@ def assign_targets(
     *,
     rule: str = "reference",
     ignore_iou: float = 0.5,
+    device: torch.device | str = "cpu",
 ) -> list[ScaleTargets]:
     """Decide for each scale which cells are positive, which are empty and which are ignored.
 
@@ -45,17 +46,18 @@ def assign_targets(
     positive, and the loss ignores predictions that overlap a box by more than `ignore_iou`.
 
     The index arithmetic stays where the boxes are, on the CPU: how many cells are taken is known only after
-    it, and asking a GPU would stall it. The grids are made on the device of the anchors.
+    it, and asking a GPU would stall it. The grids are made on `device`.
 
     Args:
         targets: per image `boxes` [M, 4] xyxy pixels and `labels` [M].
-        anchors: [3, A, 2] pixels, coarse to fine.
+        anchors: [3, A, 2] pixels, coarse to fine, on the CPU.
         img_size: side of the square network input.
         rule: `reference` or `paper`.
         ignore_iou: see above.
+        device: where the result is needed.
 
     Returns:
-        One `ScaleTargets` per scale, coarse to fine, on the device of `anchors`.
+        One `ScaleTargets` per scale, coarse to fine, on `device`.
     """
     counts = torch.tensor([len(target["boxes"]) for target in targets])
     boxes = torch.cat([target["boxes"] for target in targets]).float()
@@ -71,19 +73,17 @@ def assign_targets(
         keep = [torch.ones_like(labels, dtype=torch.bool)] * len(STRIDES)
         crowd = boxes.new_zeros(len(targets), 0, 4)
         ignore_shape = ignore_iou
-    crowd = crowd.to(anchors.device, non_blocking=True)
+    crowd = crowd.to(device, non_blocking=True)
     assigned = []
     for scale, stride in enumerate(STRIDES):
         side = img_size // stride
-        empty = torch.ones(
-            len(targets), anchors.shape[1], side, side, dtype=torch.bool, device=anchors.device
-        )
+        empty = torch.ones(len(targets), anchors.shape[1], side, side, dtype=torch.bool, device=device)
         cells, ignored, taken = _find_cells(
             image[keep[scale]], boxes[keep[scale]], shapes[keep[scale], scale], side, stride, ignore_shape
         )
-        positive = [cells, boxes[keep[scale]][taken], labels[keep[scale]][taken]]
-        cells, taken_boxes, taken_labels = (part.to(anchors.device, non_blocking=True) for part in positive)
-        empty[tuple(torch.cat([cells, ignored.to(cells)]).T)] = False
+        parts = [cells, boxes[keep[scale]][taken], labels[keep[scale]][taken], torch.cat([cells, ignored])]
+        cells, taken_boxes, taken_labels, used = (part.to(device, non_blocking=True) for part in parts)
+        empty[tuple(used.T)] = False
         assigned.append(ScaleTargets(cells, taken_boxes, taken_labels, empty, crowd))
     return assigned
 

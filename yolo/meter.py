@@ -49,16 +49,19 @@ class Meter:
         """Write the mean losses since the last line.
 
         Raises:
-            UserError: if the loss has not been finite for `MAX_BAD_STEPS` steps, on all ranks.
+            UserError: if the loss has not been finite for `MAX_BAD_STEPS` steps, or the weights are not; on
+                all ranks together.
         """
         state = self.state
-        sums = torch.stack([*state.loss_sums.values(), (state.bad_steps >= MAX_BAD_STEPS).double()])
-        *losses, hopeless = sum_over_ranks(self.fabric, sums).tolist()  # waits for the device
-        if hopeless:
+        hopeless = torch.stack([state.bad_steps >= MAX_BAD_STEPS, ~state.is_finite()]).double()
+        sums = torch.stack([*state.loss_sums.values(), *hopeless])
+        *losses, bad_loss, bad_weights = sum_over_ranks(self.fabric, sums).tolist()  # waits for the device
+        if bad_loss or bad_weights:
+            what = f"the loss for {MAX_BAD_STEPS} steps" if bad_loss else "the weights or batch statistics"
             raise UserError(
-                f"the loss has not been finite for {MAX_BAD_STEPS} steps (now step {state.step}); the last "
-                f"good checkpoint is {self.run.last_checkpoint}: go on from it with a lower --max-lr "
-                "(--resume auto --replan) or with --precision 32-true"
+                f"not finite: {what}, now at step {state.step}; the last good checkpoint is "
+                f"{self.run.last_checkpoint}: go on from it with a lower --max-lr (--resume auto --replan) "
+                "or with --precision 32-true"
             )
         seconds = time.perf_counter() - self.start
         count = state.step - (state.step - 1) // self.cfg.log_every * self.cfg.log_every

@@ -17,7 +17,7 @@ from fsspec.spec import AbstractFileSystem
 from yolo.atomic import replacing
 from yolo.checkpoint import load_checkpoint
 from yolo.errors import UsageError, UserError
-from yolo.run_folder import RUNS, RunFolder, list_checkpoints, newest_unfinished, step_of
+from yolo.run_folder import CHECKPOINTS, RUNS, RunFolder, list_checkpoints, newest_unfinished, step_of
 
 LONGEST_WAIT = 60.0  # seconds between two attempts to reach a mirror that does not answer
 
@@ -189,10 +189,12 @@ def fetch_run(
     fs, root = _open(url)
     remote, folder = f"{root}/{run_name}", run_dir / "checkpoints"
     local_step = max((step_of(path) for path in list_checkpoints(folder)), default=-1)
-    names = [folder / name for name in _names(fs, f"{remote}/checkpoints", url) if name.endswith(".ckpt")]
-    for path in sorted(names, key=step_of, reverse=True):
-        if step_of(path) <= local_step:
-            return None
+    names = [name for name in _names(fs, f"{remote}/checkpoints", url) if fnmatch(name, CHECKPOINTS)]
+    newer = [path for path in map(folder.joinpath, names) if step_of(path) > local_step]
+    for name in _names(fs, remote, url) if newer else ():  # first: what comes after a broken fetch needs them
+        if fs.isfile(f"{remote}/{name}"):
+            _get(fs, f"{remote}/{name}", run_dir / name, url)
+    for path in sorted(newer, key=step_of, reverse=True):
         _get(fs, f"{remote}/checkpoints/{path.name}", path, url)
         try:
             load_checkpoint(path)
@@ -200,9 +202,6 @@ def fetch_run(
             warn(f"warning: {error} (fetched from {url})")
             path.unlink()
             continue
-        for name in _names(fs, remote, url):
-            if fs.isfile(f"{remote}/{name}"):
-                _get(fs, f"{remote}/{name}", run_dir / name, url)
         return path
     return None
 

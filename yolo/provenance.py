@@ -14,12 +14,11 @@ LIBRARIES = ("torch", "torchvision", "lightning", "albumentations", "numpy")
 
 
 def provenance() -> dict[str, Any]:
-    """Return commit, library versions, hardware and thread count as plain types."""
+    """Return commit, library versions and thread count as plain types."""
     return {
         "commit": current_commit(),
         "versions": {name: version(name) for name in LIBRARIES},
         "python": platform.python_version(),
-        "hardware": hardware(),
         "threads": torch.get_num_threads(),
     }
 
@@ -34,10 +33,10 @@ def current_commit() -> str | None:
         return None
 
 
-def hardware() -> str:
-    """Return the name of the GPU, or of the CPU and how many of its cores this process may use."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+def hardware(device: torch.device, processes: int = 1) -> str:
+    """Return the name of the GPUs, one a process, or of the CPU and how many of its cores may be used."""
+    if device.type == "cuda":
+        return f"{processes} x {torch.cuda.get_device_name(device)}"
     return f"{available_cpus()} x {_cpu_name()}"
 
 

@@ -26,7 +26,7 @@ from yolo.errors import UserError
 from yolo.figures import plot_curves
 from yolo.logbook import Logbook, duration, read_metrics, summary_lines
 from yolo.mirror import Mirror
-from yolo.provenance import provenance
+from yolo.provenance import hardware, provenance
 from yolo.run_folder import RunFolder
 from yolo.schedule import (
     Schedule,
@@ -267,6 +267,7 @@ class Run:
             "images_seen": state.step * int(cfg.batch_size),
             "seed": cfg.seed,
             "finished": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            "hardware": hardware(self.state.fabric.device, self.state.fabric.world_size),
             **provenance(),
         }
 

@@ -11,6 +11,7 @@ from yolo.config import Config
 from yolo.errors import UsageError
 
 RUNS = Path("runs")
+CHECKPOINTS = "epoch*-step*-lr*.ckpt"
 
 
 class RunFolder:
@@ -82,6 +83,10 @@ def find_run_folder(
             raise UsageError(
                 f"--resume {source}: no such checkpoint or run folder; --resume auto looks for the newest"
             )
+        if source.is_dir() and not list_checkpoints(RunFolder(source).checkpoints):
+            raise UsageError(f"--resume {source}: holds no checkpoints/; name a run folder or a checkpoint")
+        if not source.is_dir() and source.absolute().parent.name != "checkpoints" and out_dir is None:
+            raise UsageError(f"--resume {source}: lies in no run folder; say with --out-dir where to write")
         home = source if source.is_dir() else source.absolute().parent.parent
         return RunFolder(Path(out_dir) if out_dir else home), None if source.is_dir() else source, True
     if out_dir is not None:
@@ -109,19 +114,27 @@ def newest_unfinished(config_name: str) -> RunFolder | None:
 
 
 def _launch() -> str:
-    """Return what the restarts of one torchrun have in common."""
+    """Return what the restarts of one torchrun have in common: its run id and its process on this node."""
     return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
+
+
+def _is_of_launch(folder: RunFolder) -> bool:
+    """Whether this launch has written here: rank 0 on the first node, and elsewhere all share its run id."""
+    if not folder.launch.exists():
+        return False
+    if os.environ.get("GROUP_RANK", "0") == "0":
+        return folder.launch.read_text() == _launch()
+    return folder.launch.read_text().rpartition(" ")[0] == os.environ.get("TORCHELASTIC_RUN_ID")
 
 
 def _last_of_launch(out_dir: str | None) -> RunFolder | None:
     places = [Path(out_dir)] if out_dir else sorted(RUNS.glob("*"), key=lambda path: path.name[-15:])
-    folders = [RunFolder(path) for path in reversed(places)]
-    return next((f for f in folders if f.launch.exists() and f.launch.read_text() == _launch()), None)
+    return next(filter(_is_of_launch, map(RunFolder, reversed(places))), None)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a `checkpoints/` folder, oldest first (by step)."""
-    return sorted(folder.glob("epoch*-step*-lr*.ckpt"), key=step_of)
+    return sorted(folder.glob(CHECKPOINTS), key=step_of)
 
 
 def step_of(path: Path) -> int:

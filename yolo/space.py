@@ -4,7 +4,6 @@ Front matter of a Space: https://huggingface.co/docs/hub/spaces-config-reference
 """
 
 import dataclasses
-import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,6 @@ from yolo.checkpoint import LoadedWeights, load_weights, save_weights
 from yolo.demo.about import TASKS, model_card, model_name, results_markdown
 from yolo.demo.samples import SampleSet, read_samples, write_samples
 from yolo.errors import UsageError, UserError
-from yolo.run_folder import RunFolder, step_of
 
 HUB = "hf://"
 HUB_PAGE = "https://huggingface.co"
@@ -64,7 +62,6 @@ def load_models(checkpoints: Sequence[str], model_url: str | None) -> dict[str, 
     for name in checkpoints:
         path, url = _locate(name)
         loaded = load_weights(path)
-        loaded.results = loaded.results or _results_of_run(path)
         if loaded.task in models:
             other = models[loaded.task].loaded.path
             raise UsageError(
@@ -144,13 +141,6 @@ def requirements() -> str:
     """Return what a Space has to install, pinned to the versions at work here."""
     pins = [f"{package}=={version(package).split('+')[0]}" for package in PACKAGES]
     return "\n".join([CPU_WHEELS, *pins]) + "\n"
-
-
-def _results_of_run(checkpoint: Path) -> dict[str, Any]:
-    """Return the `results.json` of the run that a checkpoint ended; nothing for any earlier checkpoint."""
-    file = RunFolder(checkpoint.parent.parent).results
-    results = json.loads(file.read_text()) if checkpoint.suffix == ".ckpt" and file.exists() else {}
-    return results if results and results.get("step") == step_of(checkpoint) else {}
 
 
 def _locate(name: str) -> tuple[Path, str | None]:

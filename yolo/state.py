@@ -73,9 +73,13 @@ class State:
             for name in by_rank[0]
         }
 
-    def is_finite(self) -> bool:
-        """Return whether all weights are finite; waits for the device."""
-        return all(bool(value.isfinite().all()) for value in self.network.parameters())
+    def is_finite(self) -> Tensor:
+        """Return, on the device, whether all weights and batch statistics are finite, averaged ones included.
+
+        A loss can look well again after an overflow; the statistics that it went into do not recover.
+        """
+        values = [*self.network.state_dict().values(), *self.ema.module.state_dict().values()]
+        return torch.stack([value.isfinite().all() for value in values if value.is_floating_point()]).all()
 
 
 def make_state(fabric: Fabric, scaler: torch.amp.GradScaler | None, cfg: Config, task: Task) -> State:
@@ -86,7 +90,7 @@ def make_state(fabric: Fabric, scaler: torch.amp.GradScaler | None, cfg: Config,
     network = network.to(fabric.device).to(memory_format=torch.channels_last)
     task.criterion.to(fabric.device)
     ema = Ema(network, cfg.ema_decay)
-    optimizer = make_optimizer(network, cfg, fused=scaler is None)  # a scaler clips only without fusing
+    optimizer = make_optimizer(network, cfg)
     if cfg.compile:
         require_compiler()
     runnable: Any = torch.compile(network, dynamic=False) if cfg.compile else network
@@ -96,9 +100,12 @@ def make_state(fabric: Fabric, scaler: torch.amp.GradScaler | None, cfg: Config,
     return State(fabric, network, model, optimizer, ema, scaler, zero, logged_scale=scale)
 
 
-def make_optimizer(network: nn.Module, cfg: Config, *, fused: bool = False) -> torch.optim.Adam:
-    """Return Adam; only weights of two or more dimensions decay. The schedule sets its rate."""
+def make_optimizer(network: nn.Module, cfg: Config) -> torch.optim.Adam:
+    """Return Adam; only weights of two or more dimensions decay. The schedule sets its rate.
+
+    It is fused: with a gradient scaler, only then is a step that overflowed left out without asking the GPU.
+    """
     weights = [parameter for parameter in network.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in network.parameters() if parameter.ndim <= 1]
     groups = [{"params": weights, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.Adam(groups, fused=fused)
+    return torch.optim.Adam(groups, fused=True)

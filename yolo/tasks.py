@@ -127,9 +127,8 @@ class DetectionEvaluation:
 
     def update(self, outputs: Sequence[Tensor], targets: Sequence[Mapping[str, Any]]) -> None:
         """Add one batch of raw outputs and the targets of `TestSamples`."""
-        self.anchors = self.anchors.to(outputs[0].device)
-        img_size = outputs[0].shape[2] * STRIDES[0]
-        self.cells.update(outputs, _assign(self.config, targets, self.anchors, img_size))
+        img_size, device = outputs[0].shape[2] * STRIDES[0], outputs[0].device
+        self.cells.update(outputs, _assign(self.config, targets, self.anchors, img_size, device))
         if self.detections is None:
             return
         threshold = self.config.score_threshold
@@ -184,7 +183,7 @@ def _build_detection(config: Config) -> Task:
         anchors=anchors,
         model=build_model(config, len(train_set.class_names)),
         criterion=criterion,
-        assign=lambda targets, size: _assign(config, targets, criterion.anchors, size),
+        assign=lambda targets, size: _assign(config, targets, anchors, size, criterion.anchors.device),
         count=count_targets,
         score=_product_of_accuracies,
         train_set=train_set,
@@ -223,7 +222,7 @@ def _build_classification(config: Config) -> Task:
         model=model,
         criterion=ClassificationLoss(config.label_smoothing),
         assign=lambda labels, size: labels.to(next(model.parameters()).device, non_blocking=True),
-        count=lambda labels: torch.tensor(float(len(labels)), device=labels.device),
+        count=lambda labels: torch.full((), float(len(labels)), device=labels.device),
         score=lambda results: results["accuracy"],
         train_set=train_set,
         train_samples=classification.TrainImages(train_set, config, config.seed),
@@ -306,8 +305,12 @@ def _tile(pictures: Sequence[np.ndarray]) -> np.ndarray:
     return grid.permute(1, 2, 0).numpy()
 
 
-def _assign(config: Config, targets: Any, anchors: Tensor, img_size: int) -> list[ScaleTargets]:
-    return assign_targets(targets, anchors, img_size, rule=config.assignment, ignore_iou=config.ignore_iou)
+def _assign(
+    config: Config, targets: Any, anchors: Tensor, img_size: int, device: torch.device
+) -> list[ScaleTargets]:
+    return assign_targets(
+        targets, anchors, img_size, rule=config.assignment, ignore_iou=config.ignore_iou, device=device
+    )
 
 
 def _product_of_accuracies(results: Mapping[str, Any]) -> float:

@@ -5,6 +5,7 @@ decoded, and the network wants them so.
 """
 
 import math
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -162,8 +163,14 @@ def plain_collate(samples: Sequence[tuple[np.ndarray, Target]]) -> tuple[Tensor,
 
 
 def init_worker(worker_id: int) -> None:
-    """Keep OpenCV to one thread in each worker process: the workers themselves are the parallelism."""
+    """Keep OpenCV to one thread in a worker process, and the signals that stop a run away from it.
+
+    Ctrl-C and torchrun signal the whole process group. The step that is running still needs its workers, so
+    they leave the group; they end with the process that they serve.
+    """
     cv2.setNumThreads(0)
+    if hasattr(os, "setpgid"):  # not on Windows
+        os.setpgid(0, 0)
 
 
 def _stack(images: Sequence[np.ndarray]) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import gradio as gr
+from gradio import processing_utils
 
 from yolo.demo.about import HOW_TO_READ, classes_html, model_card, model_name, results_markdown
 from yolo.demo.classification import Classifier
@@ -42,6 +43,14 @@ def build_page(models: Mapping[str, Model], samples: Mapping[str, SampleSet | No
                 gr.Markdown(HOW_TO_READ)
     page.queue(max_size=WAITING_PEOPLE, default_concurrency_limit=2)
     return page
+
+
+async def _refuse_address(url: str, cache_dir: str) -> str:
+    raise gr.Error("Please upload the picture itself, not its address.", print_exception=False)
+
+
+# Gradio fetches what a request names by its address, whole and of any size, before a handler sees it.
+processing_utils.async_ssrf_protected_download = _refuse_address
 
 
 def serve(page: gr.Blocks, models: Mapping[str, Model], host: str | None, port: int | None) -> None:
