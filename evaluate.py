@@ -121,6 +121,10 @@ def measure(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
     from yolo.provenance import hardware
     from yolo.tasks import build_test
 
+    if loaded.task != "detection" and (args.mosaic or args.write_detections):
+        raise UsageError(
+            f"--mosaic and --write-detections need a detector; {args.checkpoint} is a classifier"
+        )
     cfg = args.over(loaded.config)
     fabric, _ = make_fabric(cfg)
     test = build_test(cfg, loaded.class_names, loaded.anchors)
@@ -192,6 +196,7 @@ def report(
     results |= {"data": dataset.name, "skipped": len(dataset.skipped), "finished": finished, **provenance()}
     folder = output_folder(args, "evaluations")
     write_evaluation(folder, results, pictures)
+    print("".join(f"skipped      {line}\n" for line in dataset.skipped), end="")
     source = ", ".join(str(results[key]) for key in ("data", "loader") if key in results)
     print(table(results, [("data", f"{source}: {results['image_count']} images"), ("written to", folder)]))
 

@@ -17,6 +17,7 @@ from torchmetrics.functional.classification import (
 
 from yolo.config import AugmentConfig, DataConfig
 from yolo.data import cifar10
+from yolo.data.archives import read_members
 from yolo.data.cifar10 import open_dataset, open_datasets
 from yolo.data.classification import TestImages, TrainImages, collate_images
 from yolo.data.samplers import SampleKey
@@ -87,7 +88,7 @@ def test_unreadable_images_stop_or_are_listed(class_folders: Path, tmp_path: Pat
     shutil.copytree(class_folders, root)
     (root / "train/cat/0.png").write_bytes(b"no image")
     (root / "train/cat/1.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"train/cat/[01]\.png is no readable image.*--skip-bad"):
+    with pytest.raises(UserError, match=r"train/cat/[01]\.png: is truncated or no image.*--skip-bad"):
         open_datasets(_images(root))
     train, _ = open_datasets(_images(root, skip_bad=True))
     assert len(train) == 6 and len(train.skipped) == 2
@@ -111,6 +112,23 @@ def test_wrong_settings_are_answered_in_one_line(
     )  # type: ignore[arg-type]
     with pytest.raises(UserError, match=message):
         open_datasets(cfg)
+
+
+def test_a_tar_is_whole_or_named_as_truncated_wherever_it_was_cut(tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole.tar", tmp_path / "cut.tar"
+    with tarfile.open(whole, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for name in ("a", "b", "c"):
+            (tmp_path / name).write_bytes(name.encode() * 700)
+            archive.add(tmp_path / name, name)
+    assert len(list(read_members(whole, lambda path: True))) == 3
+    content = whole.read_bytes()
+    end = 3 * (512 + 1024)
+    for size in range(600, end + 512, 100):
+        cut.write_bytes(content[:size])
+        with pytest.raises(UserError, match=r"cut\.tar: is (damaged or truncated|neither)"):
+            list(read_members(cut, lambda path: True))
+    cut.write_bytes(content[: end + 512])
+    assert len(list(read_members(cut, lambda path: True))) == 3
 
 
 def test_a_truncated_archive_is_named(class_folders: Path, tmp_path: Path) -> None:

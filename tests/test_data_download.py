@@ -172,4 +172,4 @@ def test_an_unpacking_that_was_cut_short_is_done_again(
 
 def test_a_split_that_is_not_public_names_those_that_are(tmp_path: Path):
     with pytest.raises(UserError, match="'2012:test'; there are 2007:train"):
-        ensure_voc(tmp_path, ["2007:test", "2012:test"][1])
+        ensure_voc(tmp_path, "2012:test")

@@ -61,6 +61,17 @@ def test_class_numbers_without_names_are_an_error_that_says_how_to_name_them(kag
     assert read_csv_layout(kaggle, "train", None).class_names == VOC_CLASSES
 
 
+def test_a_line_of_a_csv_that_names_no_pair_or_no_image_is_an_error(kaggle: Path):
+    with (kaggle / "train.csv").open("a") as file:
+        file.write("\n000011,000011.txt\n")
+    with pytest.raises(UserError, match="images/000011: no such image"):
+        read_csv_layout(kaggle, "train", VOC_CLASSES)
+    assert len(read_csv_layout(kaggle, "train", VOC_CLASSES, skip_bad=True).skipped) == 1
+    (kaggle / "train.csv").write_text("000007.jpg,000007.txt\n000009.jpg\n")
+    with pytest.raises(UserError, match=r"train\.csv, line 2: '000009\.jpg' is not"):
+        read_csv_layout(kaggle, "train", VOC_CLASSES)
+
+
 def test_a_missing_csv_names_those_that_exist(kaggle: Path):
     with pytest.raises(UserError, match=r"val\.csv; there are: test\.csv, train\.csv"):
         read_csv_layout(kaggle, "val", VOC_CLASSES)
@@ -77,9 +88,20 @@ def test_a_yolo_folder_reads_names_boxes_and_background(folder: Path):
 def test_names_may_be_numbered_in_the_yaml(folder: Path):
     (folder / "data.yaml").write_text("names:\n  0: fork\n  1: knife\n")
     assert read_yolo_folder(folder, "train", None).class_names == ("fork", "knife")
-    (folder / "data.yaml").write_text("nc: 2\n")
-    with pytest.raises(UserError, match="no readable `names:`"):
-        read_yolo_folder(folder, "train", None)
+    (folder / "data.yaml").write_text("names: {1: knife, 0: fork}\n")
+    assert read_yolo_folder(folder, "train", None).class_names == ("fork", "knife")
+    for text in ("nc: 2\n", "names:\n"):
+        (folder / "data.yaml").write_text(text)
+        with pytest.raises(UserError, match="no readable `names:`"):
+            read_yolo_folder(folder, "train", None)
+
+
+def test_numbers_mean_what_the_folder_says_whatever_order_a_checkpoint_has(folder: Path):
+    dataset = read_yolo_folder(folder, "train", ("spoon", "plate", "cup"))
+    assert dataset.class_names == ("spoon", "plate", "cup")
+    assert dataset.annotation(0).labels.tolist() == [0]
+    with pytest.raises(UserError, match=r"spoon.*is of none of the classes cup"):
+        read_yolo_folder(folder, "train", ("cup",))
 
 
 @pytest.mark.parametrize(
@@ -88,6 +110,8 @@ def test_names_may_be_numbered_in_the_yaml(folder: Path):
         ("2 0.5 0.5 0.1 0.1", "class 2"),
         ("0 0.5 0.5 0.1", "line 1.*is not `class cx cy width height`"),
         ("0 0.5 0.5 0.1 x", "is not `class"),
+        ("nan 0.5 0.5 0.1 0.1", "is not `class"),
+        ("inf 0.5 0.5 0.1 0.1", "is not `class"),
         ("0 0.9 0.5 0.4 0.2", "outside"),
         ("0 0.5 0.5 0 0", "no size"),
     ],

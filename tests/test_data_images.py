@@ -1,5 +1,6 @@
 """Decoding: every kind of image becomes RGB uint8 of the annotated size, or an error that names the file."""
 
+import struct
 from pathlib import Path
 
 import cv2
@@ -64,6 +65,22 @@ def test_reduced_decoding_keeps_colours_and_the_longest_side(picture: Image.Imag
 def test_odd_sizes_survive_reduced_decoding(picture: Image.Image, tmp_path: Path):
     path = save(picture.resize((333, 251)), tmp_path / "x.jpg")
     assert read_rgb(path, (251, 333), 50).shape == (63, 84, 3)
+
+
+def test_a_file_is_what_it_holds_whatever_its_name_says(picture: Image.Image, tmp_path: Path):
+    path = save(picture.resize((333, 251)), tmp_path / "x.png").rename(tmp_path / "x.jpg")
+    assert read_rgb(path, (251, 333), 50).shape == (251, 333, 3)
+
+
+def test_a_damaged_exif_tag_is_none(picture: Image.Image, tmp_path: Path):
+    path = tmp_path / "x.jpg"
+    picture.save(path, dpi=(72, 72))
+    content, tag = path.read_bytes(), b"Exif\0\0no TIFF header"
+    path.write_bytes(content[:20] + b"\xff\xe1" + struct.pack(">H", len(tag) + 2) + tag + content[20:])
+    with Image.open(path) as image, pytest.raises(SyntaxError):
+        image.getexif()
+    assert header_size(path, follow_exif=True) == (48, 64)
+    assert read_rgb(path, (48, 64)).shape == (48, 64, 3)
 
 
 def test_boxes_of_the_stored_pixels_get_the_stored_pixels(picture: Image.Image, tmp_path: Path):

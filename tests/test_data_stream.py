@@ -352,6 +352,14 @@ def test_augmentation_drops_a_box_that_is_cut_too_far_and_keeps_labels_with_thei
     assert cut_threshold(0.49) == pytest.approx(0.7)
 
 
+def test_a_single_image_is_cut_once_a_mosaic_twice():
+    limits = [
+        build_transforms(replace(CFG, min_visible=0.49), mosaic).processors["bboxes"].params.min_visibility
+        for mosaic in (False, True)
+    ]
+    assert limits == pytest.approx([0.49, 0.7])
+
+
 def test_digits_are_never_mirrored_by_the_default_configuration():
     import yaml
 

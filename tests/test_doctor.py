@@ -8,6 +8,7 @@ import pytest
 
 from yolo.config import Config
 from yolo.doctor import check_data
+from yolo.errors import UsageError
 
 
 @pytest.fixture
@@ -46,6 +47,20 @@ def test_every_defect_is_listed_with_its_file_and_nothing_stops(root: Path, tmp_
         "train_0005.jpg: no such",
     ):
         assert words in text
+
+
+def test_a_few_boxes_are_enough_for_a_report(root: Path, tmp_path: Path):
+    (root / "ImageSets" / "Main" / "train.txt").write_text("train_0001\n")
+    annotation = root / "Annotations" / "train_0001.xml"
+    text = annotation.read_text()
+    annotation.write_text(text[: text.index("<object>")] + "</annotation>")
+    text, defects = report(root, tmp_path, mosaic_prob=0.0)
+    assert defects == 0 and "1 images (1 without boxes)" in text and "--anchors auto" not in text
+
+
+def test_a_classifier_has_no_boxes_to_check(tmp_path: Path):
+    with pytest.raises(UsageError, match="--task classification"):
+        check_data(Config(task="classification"), tmp_path)
 
 
 def test_pictures_in_both_splits_are_found_even_when_encoded_anew(root: Path, tmp_path: Path):

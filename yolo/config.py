@@ -50,7 +50,8 @@ class DataConfig:
     split: str = "test"
     """What to evaluate on, as in `2007:test`."""
     classes: str = "auto"
-    """`voc` (the official twenty in their order), `auto` (those in the training split, sorted), or a list."""
+    """`voc` (the official twenty in their order), a list, or `auto`: as `data.yaml` or `classes.txt` names
+    them, else those in the training split, sorted."""
     skip_bad: bool = False
     """Leave out unreadable images and broken boxes, and print what was left out, instead of stopping."""
     download: bool = False

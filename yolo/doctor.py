@@ -20,7 +20,7 @@ from yolo.data.collate import MosaicCollate, TrainSamples
 from yolo.data.dataset import DetectionDataset
 from yolo.data.samplers import SampleKey
 from yolo.data.sources import named_classes, open_dataset
-from yolo.errors import UserError
+from yolo.errors import UsageError, UserError
 from yolo.loss import assign_targets
 from yolo.models.yolov3 import STRIDES, make_anchors
 from yolo.plots import draw_boxes
@@ -53,17 +53,22 @@ def check_data(cfg: Config, out_dir: Path, say: Callable[[str], None] = print) -
     Raises:
         UserError: if a set cannot be opened at all.
     """
+    if cfg.task != "detection":
+        raise UsageError("--check-data looks at boxes: there are none to check for --task classification")
     open_all = replace(cfg, skip_bad=True, cache="none")
     train_set = open_dataset(open_all, cfg.train_split, named_classes(cfg))
     test_set = open_dataset(open_all, cfg.split, train_set.class_names)
     sets = {f"train ({cfg.train_split})": train_set, f"test ({cfg.split})": test_set}
     looks = {name: _look_at_all(dataset, name) for name, dataset in sets.items()}
     defects = _defects(sets, looks)
-    clustered = cluster_anchors(train_set, open_all)
+    try:
+        clustered: Sequence[float] | None = cluster_anchors(train_set, open_all)
+    except UserError:  # fewer than nine boxes: there is still much to report
+        clustered = None
     for part in (
         _counts(sets),
         _anchors(train_set, open_all, clustered),
-        _collisions(train_set, open_all, anchor_sizes(cfg.anchors) or clustered),
+        _collisions(train_set, open_all, anchor_sizes(cfg.anchors) or clustered or COCO_ANCHORS),
         _duplicates(sets, looks),
         _listing(f"{len(defects)} defects", defects, shown=len(defects)) if defects else "no defects found\n",
     ):
@@ -143,17 +148,18 @@ def _boxes_and_images(dataset: DetectionDataset, label: int) -> str:
     return f"{sum(found)} / {sum(count > 0 for count in found)}"
 
 
-def _anchors(dataset: DetectionDataset, cfg: Config, clustered: Sequence[float]) -> str:
+def _anchors(dataset: DetectionDataset, cfg: Config, clustered: Sequence[float] | None) -> str:
     """Return a histogram of box sizes against the anchors, and what clustered anchors would gain."""
     shapes = box_shapes(training_boxes(dataset, cfg))
     anchors = anchor_sizes(cfg.anchors) or COCO_ANCHORS
     pairs = torch.tensor(anchors).reshape(-1, 2)
     counts = shape_iou(shapes[:, None], pairs).argmax(dim=1).bincount(minlength=len(pairs)).tolist()
     lines = [f"{len(shapes)} boxes of training samples by best anchor, pixels of {ANCHOR_REFERENCE_SIZE}:"]
+    longest = max(1, *counts)
     for (width, height), count in zip(pairs.tolist(), counts, strict=True):
-        lines.append(f"{width:>7.1f} x {height:<6.1f} {count:>7} {'#' * round(BAR * count / max(counts))}")
+        lines.append(f"{width:>7.1f} x {height:<6.1f} {count:>7} {'#' * round(BAR * count / longest)}")
     configured = {} if cfg.anchors in ("coco", "auto") else {"as configured": anchors}
-    candidates = {"coco": COCO_ANCHORS, **configured, "auto": clustered}
+    candidates = {"coco": COCO_ANCHORS, **configured, **({"auto": clustered} if clustered else {})}
     return "\n".join([*lines, *compare_anchors(shapes, candidates)]) + "\n"
 
 
@@ -174,7 +180,7 @@ def _collisions(dataset: DetectionDataset, cfg: Config, anchors: Sequence[float]
             lines.append(f"{size} px: {total - taught.sum()} of {total} boxes lost")
         else:
             grids = [
-                f"{size // stride}x{size // stride}: {total - count} ({(total - count) / total:.1%})"
+                f"{size // stride}x{size // stride}: {total - count} ({(total - count) / max(1, total):.1%})"
                 for stride, count in zip(STRIDES, taught, strict=True)
             ]
             lines.append(f"{size} px, boxes without a free anchor of {total}, by grid: {', '.join(grids)}")

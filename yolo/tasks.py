@@ -21,7 +21,7 @@ from yolo.config import Config, anchor_sizes
 from yolo.data import cifar10, classification
 from yolo.data.anchors import cluster_anchors
 from yolo.data.collate import MosaicCollate, TestSamples, TrainSamples, plain_collate
-from yolo.data.sources import open_dataset, open_datasets
+from yolo.data.sources import open_datasets, open_test_set
 from yolo.errors import UsageError
 from yolo.loss import ScaleTargets, YoloLoss, assign_targets, count_targets
 from yolo.metrics.average_precision import DetectionMetrics
@@ -195,7 +195,7 @@ def _build_detection(config: Config) -> Task:
 
 def _open_detection_test(config: Config, class_names: Sequence[str], anchors: Tensor | None) -> Test:
     assert anchors is not None
-    return _detection_test(config, open_dataset(config, config.split, class_names), anchors)
+    return _detection_test(config, open_test_set(config, class_names), anchors)
 
 
 def _detection_test(config: Config, test_set: Any, anchors: Tensor) -> Test:

@@ -6,6 +6,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from yolo.errors import UserError
 
@@ -57,3 +58,6 @@ def _tar_members(root: Path, wanted: Wanted) -> Members:
                 content = archive.extractfile(member)
                 if content is not None:
                     yield inside, content.read()
+        stream: Any = archive.fileobj
+        if stream.tell() < archive.offset + tarfile.BLOCKSIZE:  # tarfile takes such a cut for the end
+            raise EOFError("it has no end mark")

@@ -1,7 +1,7 @@
 """Decoded images in memory that all worker processes share, however these are started.
 
-Images are kept at the largest size that any batch shows them at; a mosaic then reads them instead of their
-files.
+Images are kept at the largest size that a batch shows them whole; a mosaic then reads them instead of their
+files, and enlarges those that are much longer than wide.
 """
 
 import os

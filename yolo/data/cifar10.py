@@ -15,6 +15,7 @@ import numpy as np
 
 from yolo.config import DataConfig
 from yolo.data.archives import read_members
+from yolo.data.dataset import IMAGE_SUFFIXES, decode_rgb
 from yolo.errors import UsageError, UserError
 
 IMAGE_SIZE = 32
@@ -27,7 +28,6 @@ BATCH_FILES = {
 }
 IMAGES_PER_BATCH_FILE = 10_000
 RECORD_BYTES = 1 + 3 * IMAGE_SIZE * IMAGE_SIZE  # the label, then the red, green and blue planes
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
 
 @dataclass(frozen=True)
@@ -205,13 +205,14 @@ def _read_class_folders(root: Path, splits: Sequence[str], skip_bad: bool) -> di
     skipped: dict[str, list[str]] = {split: [] for split in splits}
     for path, data in read_members(root, is_wanted):
         split, class_name, file_name = path.parts[-3:]
-        image = _decode(data)
-        if image is not None:
-            found[split].append((f"{class_name}/{file_name}", class_name, image))
-        elif skip_bad:
-            skipped[split].append(f"{path}: no readable image")
+        try:
+            image = to_32(decode_rgb(path, np.frombuffer(data, np.uint8)))
+        except UserError as error:
+            if not skip_bad:
+                raise UserError(f"{root}: {error}; remove it or use --skip-bad") from None
+            skipped[split].append(str(error))
         else:
-            raise UserError(f"{root}: {path} is no readable image; remove it or use --skip-bad")
+            found[split].append((f"{class_name}/{file_name}", class_name, image))
     for split, entries in found.items():
         if not entries:
             raise UserError(f"{root}: no images under {split}/<class>/; is the split spelled as its folder?")
@@ -225,13 +226,6 @@ def _read_class_folders(root: Path, splits: Sequence[str], skip_bad: bool) -> di
         )
         for split, entries in found.items()
     }
-
-
-def _decode(data: bytes) -> np.ndarray | None:
-    if not data:
-        return None
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-    return None if image is None else to_32(image)
 
 
 def to_32(image: np.ndarray) -> np.ndarray:

@@ -26,6 +26,7 @@ from yolo.errors import UserError
 
 Target = dict[str, Any]
 MAX_REPLACEMENTS = 20  # of one sample; more broken files in a row are no accident
+PLAN = 1  # tells the random stream of a sample's plan from that of its augmentation
 
 
 class TrainSample(NamedTuple):
@@ -74,7 +75,7 @@ class TrainSamples(Dataset[TrainSample]):
 
     def plan(self, key: SampleKey, attempt: int = 0) -> list[Tile]:
         """Return where the sample's images go: one letterboxed image, or the four tiles of a mosaic."""
-        rng = np.random.default_rng([self.seed, key.epoch, key.index, attempt])
+        rng = np.random.default_rng([self.seed, key.epoch, key.index, attempt, PLAN])
         index = (key.index + attempt) % len(self.dataset)
         if key.epoch >= self.mosaic_epochs or rng.random() >= self.mosaic_prob:
             return [letterbox_tile(index, self.dataset.annotation(index), key.img_size)]

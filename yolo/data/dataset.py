@@ -5,11 +5,12 @@ headers, boxes and class names, and `read_rgb` decodes pixels.
 """
 
 import hashlib
+import struct
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple, Protocol
 
 import cv2
@@ -241,13 +242,14 @@ def read_rgb(
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if size is None:
-        return _decode(path, encoded, 1, follow_exif)
-    shrink = _shrink(size, min_side) if path.suffix.lower() in (".jpg", ".jpeg") else 1
+        return decode_rgb(path, encoded, 1, follow_exif)
+    is_jpeg = encoded[:2].tobytes() == b"\xff\xd8"  # whatever its name says
+    shrink = _shrink(size, min_side) if is_jpeg else 1
     for turn in (follow_exif, True):
-        image = _decode(path, encoded, shrink, turn)
+        image = decode_rgb(path, encoded, shrink, turn)
         if image.shape[:2] == _shrunk(size, shrink):
             return image
-    height, width = _decode(path, encoded, 1, follow_exif).shape[:2]
+    height, width = decode_rgb(path, encoded, 1, follow_exif).shape[:2]
     raise UserError(f"{path}: the image is {width}x{height}, but its annotation says {size[1]}x{size[0]}")
 
 
@@ -260,7 +262,7 @@ def header_size(path: Path, follow_exif: bool = False) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            if follow_exif and image.getexif().get(0x0112, 1) >= 5:  # orientations 5-8 exchange the sides
+            if follow_exif and _orientation(image) >= 5:  # 5-8 exchange the sides
                 width, height = height, width
     except FileNotFoundError:
         raise UserError(f"{path}: no such image") from None
@@ -269,6 +271,13 @@ def header_size(path: Path, follow_exif: bool = False) -> tuple[int, int]:
     except (UnidentifiedImageError, OSError):
         raise UserError(f"{path}: is no image that can be read") from None
     return height, width
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except (SyntaxError, ValueError, TypeError, struct.error):  # a damaged tag is no tag, as for OpenCV
+        return 1
 
 
 def find_image(folder: Path, stem: str) -> Path:
@@ -280,7 +289,12 @@ def find_image(folder: Path, stem: str) -> Path:
     return folder / f"{stem}.jpg"
 
 
-def _decode(path: Path, encoded: np.ndarray, shrink: int, follow_exif: bool) -> np.ndarray:
+def decode_rgb(path: PurePath, encoded: np.ndarray, shrink: int = 1, follow_exif: bool = True) -> np.ndarray:
+    """Decode the bytes [N] of an image file to uint8 RGB [H, W, 3], `shrink` (1, 2, 4, 8) times smaller.
+
+    Raises:
+        UserError: naming `path`.
+    """
     flags = _DECODE_FLAGS[shrink] | (0 if follow_exif else cv2.IMREAD_IGNORE_ORIENTATION)
     try:
         image = cv2.imdecode(encoded, flags)
@@ -364,4 +378,7 @@ def _object_defect(thing: RawObject, image: RawImage, label_of: dict[str, int]) 
     beyond = max(-left, -top, right - image.width, bottom - image.height)
     if beyond > EDGE_TOLERANCE:
         return f"reaches {beyond:g} pixels outside the {image.width}x{image.height} image: {shown}"
+    inside = min(right, image.width) - max(left, 0), min(bottom, image.height) - max(top, 0)
+    if min(inside) <= MIN_BOX_SIDE:
+        return f"has a box of no size inside the {image.width}x{image.height} image: {shown}"
     return None

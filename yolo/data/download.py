@@ -12,6 +12,7 @@ from urllib.error import HTTPError
 
 from tqdm import tqdm
 
+from yolo.data.voc import year_folders
 from yolo.errors import UserError
 
 CHUNK = 1 << 20
@@ -68,9 +69,9 @@ def ensure_voc(root: Path, split: str) -> None:
                 f"--download: no public archive holds '{part}'; there are {', '.join(VOC_ARCHIVES)}"
             )
         year, subset = part.strip().split(":")
-        split_file = root / f"VOC{year}" / "ImageSets" / "Main" / f"{subset}.txt"
+        splits = [folder / "ImageSets" / "Main" / f"{subset}.txt" for folder in year_folders(root, year)]
         stored = root / archive.filename
-        if split_file.exists() and not stored.exists():
+        if any(split.exists() for split in splits) and not stored.exists():
             continue
         download(archive.url, stored, archive.md5)
         unpack(stored, root)

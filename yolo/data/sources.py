@@ -32,6 +32,14 @@ def open_datasets(cfg: Config) -> tuple[DetectionDataset, DetectionDataset]:
     return train_set, test_set
 
 
+def open_test_set(cfg: Config, class_names: Sequence[str]) -> DetectionDataset:
+    """Open `cfg.split` with the classes of a trained model; raises as `open_dataset`."""
+    dataset = open_dataset(cfg, cfg.split, class_names)
+    if cfg.skip_bad:
+        drop_unreadable(dataset)
+    return dataset
+
+
 def open_dataset(cfg: Config, split: str, class_names: Sequence[str] | None) -> DetectionDataset:
     """Open one split.
 

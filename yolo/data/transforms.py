@@ -29,8 +29,8 @@ class Canvas(NamedTuple):
 def cut_threshold(min_visible: float) -> float:
     """Return the share that each of two cuts must leave of a box, so that both leave `min_visible` of it.
 
-    A box is cut at most twice: at the edge of its mosaic tile, and at the edge of the canvas by the affine
-    transform.
+    In a mosaic a box is cut at most twice: at the edge of its tile, and at the edge of the canvas by the
+    affine transform.
     """
     return math.sqrt(min_visible)
 
@@ -68,7 +68,7 @@ def build_transforms(cfg: AugmentConfig, mosaic: bool) -> A.Compose:
         ],
         bbox_params=A.BboxParams(
             format="pascal_voc",
-            min_visibility=cut_threshold(cfg.min_visible),
+            min_visibility=cut_threshold(cfg.min_visible) if mosaic else cfg.min_visible,
             min_width=MIN_SIDE,
             min_height=MIN_SIDE,
             check_each_transform=False,  # once at the end: only one transform cuts boxes

@@ -50,14 +50,16 @@ def read_voc(
     )
 
 
+def year_folders(root: Path, year: str) -> list[Path]:
+    """Return where a year may lie: in a devkit, in one below, or right here."""
+    folders = [root / f"VOC{year}", root / "VOCdevkit" / f"VOC{year}"]
+    return [*folders, root] if root.name == f"VOC{year}" else folders
+
+
 def _locate(root: Path, part: str) -> tuple[Path, str]:
     """Return the folder with `Annotations/` and the name of the split inside it."""
     year, _, subset = part.rpartition(":")
-    if year:
-        folders = [root / f"VOC{year}", root / "VOCdevkit" / f"VOC{year}"]
-        folders += [root] if root.name == f"VOC{year}" else []
-    else:
-        folders = [root]
+    folders = year_folders(root, year) if year else [root]
     for folder in folders:
         if (folder / "Annotations").is_dir():
             return folder, subset

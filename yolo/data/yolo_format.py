@@ -2,7 +2,8 @@
 
 The CSV layout (as on Kaggle) has `images/`, `labels/` and one `<split>.csv` of lines `image,label`. A YOLO
 folder has `images/<split>` beside `labels/<split>`, or `<split>/images` beside `<split>/labels`; its class
-names stand in `data.yaml` or `classes.txt`. An image without a label file has no objects. As viewers and
+names stand in `data.yaml` or `classes.txt`: they say what the numbers mean, whatever order of classes the
+network has. An image without a label file has no objects. As viewers and
 annotation tools show images turned by their EXIF tag, boxes are read so, too.
 """
 
@@ -29,9 +30,15 @@ def read_csv_layout(
         raise UserError(f"split '{split}': no file {path}; there are: {_listed(root.glob('*.csv'))}")
     with path.open(newline="") as file:
         rows = [[cell.strip() for cell in row] for row in csv.reader(file)]
-    pairs = [row for row in rows if len(row) >= 2 and Path(row[0]).suffix.lower() in IMAGE_SUFFIXES]
-    files = {image: (root / "images" / image, root / "labels" / label) for image, label, *_ in pairs}
-    return _assemble(f"CSV {path}", files, class_names or _names(root), skip_bad)
+    if rows and Path((rows[0] or [""])[0]).suffix.lower() not in IMAGE_SUFFIXES:  # a header
+        rows[0] = []
+    files = {}
+    for number, row in enumerate(rows, start=1):
+        if any(row) and len(row) < 2:
+            raise UserError(f"{path}, line {number}: '{row[0]}' is not `image,label`")
+        if any(row):
+            files[row[0]] = root / "images" / row[0], root / "labels" / row[1]
+    return _assemble(f"CSV {path}", root, files, class_names, skip_bad)
 
 
 def read_yolo_folder(
@@ -52,17 +59,27 @@ def read_yolo_folder(
         )
     found = sorted(path for path in images.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     files = {path.name: (path, labels / f"{path.stem}.txt") for path in found}
-    return _assemble(f"YOLO folder {images}", files, class_names or _names(root), skip_bad)
+    return _assemble(f"YOLO folder {images}", root, files, class_names, skip_bad)
 
 
 def _assemble(
-    name: str, files: dict[str, tuple[Path, Path]], class_names: Sequence[str], skip_bad: bool
+    name: str,
+    root: Path,
+    files: dict[str, tuple[Path, Path]],
+    class_names: Sequence[str] | None,
+    skip_bad: bool,
 ) -> DetectionDataset:
+    numbered = _names(root) or class_names
+    if not numbered:
+        raise UserError(
+            f"{root}: label files hold class numbers, and no data.yaml or classes.txt says their names: "
+            "add one, or name them with --classes (`--classes voc` for the Kaggle copy of VOC)"
+        )
     return assemble(
         name,
         list(files),
-        lambda image_id: _read_labels(image_id, *files[image_id], class_names),
-        class_names,
+        lambda image_id: _read_labels(image_id, *files[image_id], numbered),
+        class_names or numbered,
         skip_bad,
         follow_exif=True,
     )
@@ -83,9 +100,9 @@ def _object(line: str, where: str, height: int, width: int, class_names: Sequenc
     try:
         number, *shares = (float(word) for word in line.split())
         x, y, box_width, box_height = shares
-    except ValueError:
+        label = int(number)
+    except (ValueError, OverflowError):
         raise UserError(f"{where}: '{line.strip()}' is not `class cx cy width height`") from None
-    label = int(number)
     name = class_names[label] if 0 <= label < len(class_names) else f"class {label}"
     box = (
         (x - box_width / 2) * width,
@@ -96,26 +113,23 @@ def _object(line: str, where: str, height: int, width: int, class_names: Sequenc
     return RawObject(name, box)
 
 
-def _names(root: Path) -> list[str]:
-    """Return the class names that a data set brings along, in the order of their numbers."""
+def _names(root: Path) -> list[str] | None:
+    """Return the class names that a data set brings along, in the order of their numbers; None without."""
     for path in (root / "data.yaml", root / "data.yml"):
         if path.is_file():
             return _yaml_names(path)
     for path in (root / "classes.txt", root / "labels" / "classes.txt"):
         if path.is_file():
             return [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    raise UserError(
-        f"{root}: label files hold class numbers, and no data.yaml or classes.txt says their names: "
-        "add one, or name them with --classes (`--classes voc` for the Kaggle copy of VOC)"
-    )
+    return None
 
 
 def _yaml_names(path: Path) -> list[str]:
     try:
         names = yaml.safe_load(path.read_text())["names"]
+        return [str(names[key]) for key in (sorted(names) if isinstance(names, dict) else range(len(names)))]
     except (yaml.YAMLError, KeyError, TypeError):
         raise UserError(f"{path}: has no readable `names:`") from None
-    return [str(name) for name in (names.values() if isinstance(names, dict) else names)]
 
 
 def _listed(paths: Iterable[Path]) -> str:

@@ -1,7 +1,8 @@
 """Class, object and no-object accuracy over the cells of the output grids, pooled over the three scales.
 
 A cell here is one anchor at one grid position. Cells that the assignment ignores (neither positive nor empty)
-are left out.
+are left out. What `--assignment paper` ignores by the overlap of its prediction, only the loss knows: here it
+counts as empty.
 """
 
 from collections.abc import Sequence
