@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from yolo.config import Config, anchor_sizes
-from yolo.data.anchors import box_shapes, cluster_anchors, describe_anchors, kmeans, training_boxes
+from yolo.data.anchors import (
+    anchors_gained,
+    box_shapes,
+    cluster_anchors,
+    describe_anchors,
+    kmeans,
+    training_boxes,
+)
 from yolo.data.voc import read_voc
 from yolo.errors import UserError
 
@@ -47,3 +54,10 @@ def test_too_few_boxes_are_refused(tiny_digits: Path):
     dataset.image_ids, dataset.annotations = dataset.image_ids[:1], dataset.annotations[:1]
     with pytest.raises(UserError, match="--anchors coco"):
         cluster_anchors(dataset, Config(mosaic_prob=0.0))
+
+
+def test_with_too_few_boxes_only_the_usual_anchors_are_described(tiny_digits: Path):
+    dataset = read_voc(tiny_digits, "train", None)
+    dataset.image_ids, dataset.annotations = dataset.image_ids[:1], dataset.annotations[:1]
+    (line,) = anchors_gained(dataset, Config(mosaic_prob=0.0))
+    assert line.startswith("--anchors coco: best possible recall")

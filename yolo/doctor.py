@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from yolo.boxes import shape_iou
 from yolo.config import ANCHOR_REFERENCE_SIZE, COCO_ANCHORS, Config, anchor_sizes
-from yolo.data.anchors import box_shapes, cluster_anchors, compare_anchors, training_boxes
+from yolo.data.anchors import box_shapes, clustered_anchors, compare_anchors, training_boxes
 from yolo.data.collate import MosaicCollate, TrainSamples
 from yolo.data.dataset import DetectionDataset
 from yolo.data.samplers import SampleKey
@@ -61,10 +61,7 @@ def check_data(cfg: Config, out_dir: Path, say: Callable[[str], None] = print) -
     sets = {f"train ({cfg.train_split})": train_set, f"test ({cfg.split})": test_set}
     looks = {name: _look_at_all(dataset, name) for name, dataset in sets.items()}
     defects = _defects(sets, looks)
-    try:
-        clustered: Sequence[float] | None = cluster_anchors(train_set, open_all)
-    except UserError:  # fewer than nine boxes: there is still much to report
-        clustered = None
+    clustered = clustered_anchors(box_shapes(training_boxes(train_set, open_all)))
     for part in (
         _counts(sets),
         _anchors(train_set, open_all, clustered),
@@ -159,7 +156,7 @@ def _anchors(dataset: DetectionDataset, cfg: Config, clustered: Sequence[float] 
     for (width, height), count in zip(pairs.tolist(), counts, strict=True):
         lines.append(f"{width:>7.1f} x {height:<6.1f} {count:>7} {'#' * round(BAR * count / longest)}")
     configured = {} if cfg.anchors in ("coco", "auto") else {"as configured": anchors}
-    candidates = {"coco": COCO_ANCHORS, **configured, **({"auto": clustered} if clustered else {})}
+    candidates = {"coco": COCO_ANCHORS, **configured, "auto": clustered}
     return "\n".join([*lines, *compare_anchors(shapes, candidates)]) + "\n"
 
 

@@ -57,9 +57,10 @@ class Meter:
         sums = torch.stack([*state.loss_sums.values(), *hopeless])
         *losses, bad_loss, bad_weights = sum_over_ranks(self.fabric, sums).tolist()  # waits for the device
         if bad_loss or bad_weights:
-            what = f"the loss for {MAX_BAD_STEPS} steps" if bad_loss else "the weights or batch statistics"
+            subject = "the loss has" if bad_loss else "the weights or batch statistics have"
+            since = f" for {MAX_BAD_STEPS} steps" if bad_loss else ""
             raise UserError(
-                f"not finite: {what}, now at step {state.step}; the last good checkpoint is "
+                f"{subject} not been finite{since} (now step {state.step}); the last good checkpoint is "
                 f"{self.run.last_checkpoint}: go on from it with a lower --max-lr (--resume auto --replan) "
                 "or with --precision 32-true"
             )

@@ -30,9 +30,16 @@ def cluster_anchors(dataset: DetectionDataset, cfg: Config) -> tuple[float, ...]
     Raises:
         UserError: if the data set has fewer than nine boxes.
     """
-    shapes = box_shapes(training_boxes(dataset, cfg))
-    if len(shapes) < NUM_ANCHORS:
+    anchors = clustered_anchors(box_shapes(training_boxes(dataset, cfg)))
+    if anchors is None:
         raise UserError(f"{dataset.name}: nine anchors need at least nine boxes; use --anchors coco")
+    return anchors
+
+
+def clustered_anchors(shapes: Tensor) -> tuple[float, ...] | None:
+    """Return the anchors of boxes of shapes [N, 2]; None with fewer than nine of them."""
+    if len(shapes) < NUM_ANCHORS:
+        return None
     return tuple(round(value, 1) for value in kmeans(shapes, NUM_ANCHORS).flatten().tolist())
 
 
@@ -92,12 +99,13 @@ def describe_anchors(shapes: Tensor, anchors: Sequence[float]) -> str:
 def anchors_gained(dataset: DetectionDataset, cfg: Config) -> list[str]:
     """Return two lines: how well the usual anchors fit the training boxes, and how well clustered ones do."""
     shapes = box_shapes(training_boxes(dataset, cfg))
-    return compare_anchors(shapes, {"coco": COCO_ANCHORS, "auto": cluster_anchors(dataset, cfg)})
+    return compare_anchors(shapes, {"coco": COCO_ANCHORS, "auto": clustered_anchors(shapes)})
 
 
-def compare_anchors(shapes: Tensor, anchors: Mapping[str, Sequence[float]]) -> list[str]:
-    """Return a line for each set of anchors: how well it fits boxes of shapes [N, 2], and its numbers."""
+def compare_anchors(shapes: Tensor, anchors: Mapping[str, Sequence[float] | None]) -> list[str]:
+    """Return a line for each set of anchors there is: how well it fits boxes [N, 2], and its numbers."""
     return [
         f"--anchors {name}: {describe_anchors(shapes, sizes)} ({','.join(f'{size:g}' for size in sizes)})"
         for name, sizes in anchors.items()
+        if sizes
     ]

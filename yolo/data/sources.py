@@ -23,11 +23,10 @@ def open_datasets(cfg: Config) -> tuple[DetectionDataset, DetectionDataset]:
         UserError: for missing data, the first defect, or too little memory.
     """
     train_set = open_dataset(cfg, cfg.train_split, named_classes(cfg))
-    test_set = open_dataset(cfg, cfg.split, train_set.class_names)
-    if cfg.skip_bad:  # a test cannot replace a broken image by another, and a cache cannot hold it
-        for dataset in (train_set, test_set) if cfg.cache == "ram" else (test_set,):
-            drop_unreadable(dataset)
+    test_set = open_test_set(cfg, train_set.class_names)
     if cfg.cache == "ram":
+        if cfg.skip_bad:  # a cache cannot hold a broken image
+            drop_unreadable(train_set)
         _cache(cfg, train_set, test_set)
     return train_set, test_set
 
@@ -35,7 +34,7 @@ def open_datasets(cfg: Config) -> tuple[DetectionDataset, DetectionDataset]:
 def open_test_set(cfg: Config, class_names: Sequence[str]) -> DetectionDataset:
     """Open `cfg.split` with the classes of a trained model; raises as `open_dataset`."""
     dataset = open_dataset(cfg, cfg.split, class_names)
-    if cfg.skip_bad:
+    if cfg.skip_bad:  # a test cannot replace a broken image by another
         drop_unreadable(dataset)
     return dataset
 
