@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from yolo.models.darknet import ConvBnAct, images_to_float, scaled
 
+LOGIT_SCALE = 0.125  # one step of Adam moves a sum over 512 features by much; factor of Page 2018, "ResNet-9"
+
 
 class PooledLayer(nn.Sequential):
     """Convolution, 2x2 max-pooling, batch normalisation, ReLU."""
@@ -50,4 +52,4 @@ class ResNet(nn.Module):
         """Map images [B, 3, 32, 32], uint8 or float in [0, 1], to logits [B, num_classes]."""
         x = self.prep(images_to_float(images) * 4 - 2)  # [0, 1] -> about unit variance around the middle grey
         x = self.pool(self.layer3(self.layer2(self.layer1(x))))
-        return self.classifier(torch.flatten(x, 1))
+        return self.classifier(torch.flatten(x, 1)) * LOGIT_SCALE
