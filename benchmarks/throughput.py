@@ -103,6 +103,8 @@ class NetworkArgs:
     """Also with torch.compile, which takes minutes to start."""
     cpu_time: bool = False
     """Count the CPU seconds of one thread, which are right on a machine that others use as well."""
+    plain_malloc: bool = False
+    """Give freed memory back to the system, as the C library does by itself: to compare."""
 
 
 def bench_network(part: str, words: Sequence[str]) -> None:
@@ -110,8 +112,12 @@ def bench_network(part: str, words: Sequence[str]) -> None:
     args = cli.parse(NetworkArgs, words, "What the network costs beside the physical limit.")
     import speed
 
+    from yolo import processes
+
     if args.cpu_time:
         speed.use_cpu_time()
+    if args.plain_malloc:
+        processes.keep_freed_memory = lambda: None
     compiled = (False, True) if args.compile else (False,)
     parts = {
         "training": lambda: speed.training_rows(args.width, args.size, args.batch, args.repeats, compiled),

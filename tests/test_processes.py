@@ -1,6 +1,9 @@
 """How the processes of a run read their surroundings."""
 
+import platform
+
 import pytest
+import torch
 
 from yolo import processes
 from yolo.config import Config
@@ -33,3 +36,16 @@ def test_precision_follows_the_device_unless_it_is_given(wanted, device, picked)
     precision, why = processes.pick_precision(wanted, device)
     assert precision == picked
     assert why
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_not_given_back_to_the_system():
+    import resource
+
+    processes.keep_freed_memory()
+    faults = []
+    for _ in range(4):  # small objects may settle in the first hole
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert faults[-1] < 1000  # of 16,384 pages, 64 MiB
