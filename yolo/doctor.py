@@ -28,9 +28,8 @@ from yolo.plots import draw_boxes
 SHEET_COLUMNS, SHEET_ROWS = 4, 4
 ASSIGN_BATCH = 64  # samples
 BAR = 40  # characters of the longest bar of a histogram
-SAME_PICTURE = (
-    12  # differing bits of 256: copies at another size or JPEG quality stay below, others far above
-)
+# differing bits of 256: copies at another size or JPEG quality stay below, others far above
+SAME_PICTURE = 12
 SHOWN = 20  # duplicates listed; more are counted
 
 

@@ -18,9 +18,8 @@ from yolo.errors import UsageError, UserError
 from yolo.inference import fuse
 from yolo.models.yolov3 import STRIDES, decode
 
-PARITY = (
-    1e-3  # largest difference from eager, of scores and of boxes relative to the image or, beyond it, the box
-)
+# largest difference from eager, of scores and of boxes relative to the image or, beyond it, the box
+PARITY = 1e-3
 
 
 class Detector(nn.Module):

@@ -24,9 +24,7 @@ class ScaleTargets(NamedTuple):
     boxes: Tensor  # [P, 4] xyxy pixels
     labels: Tensor  # [P] int64
     empty: Tensor  # [B, A, H, W] bool
-    crowd: (
-        Tensor  # [B, M, 4] the boxes of each image, padded with zeros; M = 0 unless predictions are compared
-    )
+    crowd: Tensor  # [B, M, 4] the boxes of each image, padded with zeros; M = 0 without `paper`
 
 
 def assign_targets(
@@ -92,10 +90,8 @@ def _find_cells(
     image: Tensor, boxes: Tensor, shapes: Tensor, side: int, stride: int, ignore_shape: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return positive cells [P, 4], ignored cells [K, 4] (maybe positive too), and the boxes placed."""
-    centres = (
-        ((boxes[:, :2] + boxes[:, 2:]) / (2 * stride)).long().clamp(0, side - 1)
-    )  # edges stay in the grid
-    column, row = centres.T
+    centres = (boxes[:, :2] + boxes[:, 2:]) / (2 * stride)
+    column, row = centres.long().clamp(0, side - 1).T  # edges stay in the grid
     anchor = _first_come_anchors((image * side + row) * side + column, shapes)
     taken = anchor >= 0
     cells = torch.stack([image, anchor, row, column], dim=1)[taken]

@@ -20,15 +20,12 @@ from PIL import Image, UnidentifiedImageError
 from yolo.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-MAX_PIXELS = (
-    64_000_000  # decoded in several workers at once, more than this fills the memory of a small machine
-)
-MIN_BOX_SIDE = (
-    1.0  # pixels; must be exceeded. In VOC's inclusive pixels a box with xmin = xmax is one pixel wide
-)
-EDGE_TOLERANCE = (
-    2.0  # pixels: 0-based tools and rounding put boxes this far outside; they are clipped in silence
-)
+# decoded in several workers at once, more than this fills the memory of a small machine
+MAX_PIXELS = 64_000_000
+# pixels; must be exceeded. In VOC's inclusive pixels a box with xmin = xmax is one pixel wide
+MIN_BOX_SIDE = 1.0
+# pixels: 0-based tools and rounding put boxes this far outside; they are clipped in silence
+EDGE_TOLERANCE = 2.0
 _DECODE_FLAGS = {
     1: cv2.IMREAD_COLOR_RGB,
     2: cv2.IMREAD_REDUCED_COLOR_2,

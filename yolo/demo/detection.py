@@ -33,9 +33,8 @@ from yolo.metrics.matching import Detections, Objects, match_voc
 from yolo.models.yolov3 import STRIDES, YoloV3, postprocess
 from yolo.plots import class_color, draw_boxes
 
-SHOWN_SIDE = (
-    960  # pixels: the longest side on the screen; small pictures are enlarged so that text stays sharp
-)
+# pixels: the longest side on the screen; small pictures are enlarged so that text stays sharp
+SHOWN_SIDE = 960
 MAX_DETECTIONS = 100
 COLUMNS = ("status", "class", "score", "left", "top", "right", "bottom")
 FOUND_IOU = 0.5  # an annotated object that no detection of its class overlaps this much was missed
