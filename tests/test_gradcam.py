@@ -10,7 +10,7 @@ from yolo.checkpoint import save_weights
 from yolo.config import COCO_ANCHORS, Config
 from yolo.data.pictures import list_pictures
 from yolo.errors import UsageError, UserError
-from yolo.models.resnet import ResNet
+from yolo.models.resnet import LOGIT_SCALE, ResNet
 from yolo.models.yolov3 import YoloV3, make_anchors
 
 CLASSES = ("cat", "dog")
@@ -153,7 +153,7 @@ def test_a_box_that_is_not_there_is_refused_with_their_number(detector, pictures
 def test_evaluating_writes_the_measures_with_what_they_were_measured_on(tmp_path, capsys):
     model = ResNet(10, 0.125)
     model.classifier.weight.data *= 0.01
-    model.classifier.bias.data[3] = 9  # right about every 3, and sure of it
+    model.classifier.bias.data[3] = 9 / LOGIT_SCALE  # right about every 3, and sure of it
     names = tuple("0123456789")
     checkpoint = tmp_path / "classifier.safetensors"
     save_weights(checkpoint, model, Config(width=0.125, task="classification"), names, None, {})
