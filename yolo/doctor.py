@@ -10,6 +10,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -60,10 +61,11 @@ def check_data(cfg: Config, out_dir: Path, say: Callable[[str], None] = print) -
     sets = {f"train ({cfg.train_split})": train_set, f"test ({cfg.split})": test_set}
     looks = {name: _look_at_all(dataset, name) for name, dataset in sets.items()}
     defects = _defects(sets, looks)
-    clustered = clustered_anchors(box_shapes(training_boxes(train_set, open_all)))
+    shapes = box_shapes(training_boxes(train_set, open_all))
+    clustered = clustered_anchors(shapes)
     for part in (
         _counts(sets),
-        _anchors(train_set, open_all, clustered),
+        _anchors(shapes, cfg, clustered),
         _collisions(train_set, open_all, anchor_sizes(cfg.anchors) or clustered or COCO_ANCHORS),
         _duplicates(sets, looks),
         _listing(f"{len(defects)} defects", defects, shown=len(defects)) if defects else "no defects found\n",
@@ -144,9 +146,8 @@ def _boxes_and_images(dataset: DetectionDataset, label: int) -> str:
     return f"{sum(found)} / {sum(count > 0 for count in found)}"
 
 
-def _anchors(dataset: DetectionDataset, cfg: Config, clustered: Sequence[float] | None) -> str:
-    """Return a histogram of box sizes against the anchors, and what clustered anchors would gain."""
-    shapes = box_shapes(training_boxes(dataset, cfg))
+def _anchors(shapes: Tensor, cfg: Config, clustered: Sequence[float] | None) -> str:
+    """Return a histogram of boxes of shapes [N, 2] by anchor, and what clustered anchors would gain."""
     anchors = anchor_sizes(cfg.anchors) or COCO_ANCHORS
     pairs = torch.tensor(anchors).reshape(-1, 2)
     counts = shape_iou(shapes[:, None], pairs).argmax(dim=1).bincount(minlength=len(pairs)).tolist()
