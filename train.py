@@ -41,7 +41,7 @@ class TrainArgs(Config):
     resume: str | None = None
     """`auto` (newest checkpoint of --out-dir, or of the newest unfinished run), a checkpoint, or a folder."""
     replan: bool = False
-    """On resume with another batch, data set or cycle: plan a new schedule from the same position."""
+    """On resume with another batch, data set or cycle: plan a new schedule from the same epoch."""
     mirror: str | None = None
     """Copy finished checkpoints, schedule and metrics here: a folder on another drive or any fsspec URL."""
     max_time: str | None = None

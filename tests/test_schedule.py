@@ -151,6 +151,18 @@ def test_replan_twice_still_knows_the_position() -> None:
     assert back.lr[50:] == planned().lr[40:]
 
 
+def test_a_finished_run_trains_on_when_replanned_with_more_epochs() -> None:
+    old, new = planned(), planned(epochs=2 * planned().epochs)
+    longer = replan(old, new, len(old))
+    assert longer.lr == old.lr + new.lr[len(old) :]
+    assert longer.position(len(old)) == (old.epochs, 0)
+
+
+def test_replanned_with_fewer_epochs_than_are_done_it_is_at_its_end() -> None:
+    old = planned()
+    assert len(replan(old, planned(epochs=1), len(old))) == len(old)
+
+
 def test_an_edit_after_a_replan_is_found(tmp_path: Path) -> None:
     path = tmp_path / "schedule-2.txt"
     write_schedule(replan(planned(), planned(steps_per_epoch=50), 30), path)

@@ -112,12 +112,12 @@ def plan_schedule(
 
 
 def replan(old: Schedule, new: Schedule, step: int) -> Schedule:
-    """Return `old` up to `step`, then `new` from the same share of its cycle on.
+    """Return `old` up to `step`, then `new` from the same epoch of its cycle on.
 
-    Steps keep counting from `step`, so that no checkpoint or metrics line is named twice.
+    So a longer cycle goes on with what it has more, at a higher rate than the shorter one ended with. Steps keep counting from `step`, so that no checkpoint or metrics line is named twice.
     """
     done = step - old.replanned_step + old.replanned_position
-    position = round(done * new.epochs * new.steps_per_epoch / (old.epochs * old.steps_per_epoch))
+    position = min(round(done * new.steps_per_epoch / old.steps_per_epoch), new.epochs * new.steps_per_epoch)
     return dataclasses.replace(
         new,
         replanned_step=step,
@@ -145,7 +145,7 @@ def check_resume(stored: Schedule, wanted: Schedule, path: Path) -> list[str]:
     if changed := differences(stored, wanted):
         raise UserError(
             f"{path} was planned for another run ({', '.join(changed)}); give the old value(s) to go on "
-            "exactly, or --replan to go on from the same position of a new cycle"
+            "exactly, or --replan to go on from the same epoch of a new cycle"
         )
     if (stored.ranks, stored.grad_accum_steps) == (wanted.ranks, wanted.grad_accum_steps):
         return []
