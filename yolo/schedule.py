@@ -112,9 +112,9 @@ def plan_schedule(
 
 
 def replan(old: Schedule, new: Schedule, step: int) -> Schedule:
-    """Return `old` up to `step`, then `new` from the same epoch of its cycle on.
+    """Return `old` up to `step`, then `new` from the same epoch of its cycle on; its end if that is earlier.
 
-    So a longer cycle goes on with what it has more, at a higher rate than the shorter one ended with. Steps keep counting from `step`, so that no checkpoint or metrics line is named twice.
+    Steps keep counting from `step`, so that no checkpoint or metrics line is named twice.
     """
     done = step - old.replanned_step + old.replanned_position
     position = min(round(done * new.steps_per_epoch / old.steps_per_epoch), new.epochs * new.steps_per_epoch)
