@@ -167,7 +167,8 @@ def test_one_batch_can_be_learned_by_heart(tiny_digits, tmp_path):
     names = (root / "ImageSets" / "Main" / "train.txt").read_text().splitlines()[:8]
     for split in ("train", "test"):
         (root / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(names) + "\n")
-    flags = "--width 0.25 --img-sizes 224 --batch-size 8 --epochs 300 --max-lr 2e-3 --mosaic-prob 0 --aug-affine 0"
-    flags += " --aug-color 0 --aug-blur 0 --aug-clahe 0 --aug-gray 0 --ema-decay 0.9 --log-every 50 --eval-every 100"
+    flags = "--width 0.25 --img-sizes 224 --batch-size 8 --epochs 300 --max-lr 2e-3 --ema-decay 0.9"
+    flags += " --mosaic-prob 0 --aug-affine 0 --aug-color 0 --aug-blur 0 --aug-clahe 0 --aug-gray 0"
+    flags += " --log-every 50 --eval-every 100"
     assert train.main([*flags.split(), "--data-root", str(root), "--out-dir", str(tmp_path / "run")]) == 0
     assert json.loads((tmp_path / "run" / "results.json").read_text())["map_50"] == pytest.approx(1.0)
