@@ -1,6 +1,7 @@
 """The classifier from the first step to the exported file, with the same commands as the detector."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -38,10 +39,14 @@ def test_training_tests_the_whole_split(run: Path) -> None:
     assert results["accuracy"] == pytest.approx(hits / 360)
 
 
-def test_evaluate_repeats_the_result_and_draws_the_mistakes(run: Path, tmp_path: Path) -> None:
+def test_evaluate_repeats_the_result_and_draws_the_mistakes(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["--checkpoint", _checkpoint(run), "--out-dir", str(tmp_path), *CPU]
     assert evaluate.main(words) == 0
     assert _results(tmp_path)["confusion_matrix"] == _results(run)["confusion_matrix"]
+    seven = _results(run)["per_class"]["7"]
+    assert re.search(rf"^  7 +{seven['images']} +{seven['accuracy']:.4f}$", capsys.readouterr().out, re.M)
     assert {path.stem for path in (tmp_path / "plots").glob("*.png")} == {
         "confusion_matrix",
         "mistakes",

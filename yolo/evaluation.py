@@ -78,6 +78,8 @@ def table(results: dict[str, Any], rows: list[tuple[str, Any]]) -> str:
     if results.get("map_50") is not None:
         parts = (_class_lines, _size_lines, _error_lines)
         blocks += ["\n".join(lines(results)) for lines in parts]
+    elif "accuracy" in results:
+        blocks.append("\n".join(_accuracy_lines(results)))
     return "\n\n".join(blocks)
 
 
@@ -87,6 +89,13 @@ def _class_lines(results: Mapping[str, Any]) -> Iterator[str]:
     for name, row in results["per_class"].items():
         scores = "".join(_cell(row[key], 10) for key in ("ap_50_11pt", "ap_50_95"))
         yield f"  {name:<{width}} {row['objects']:>8} {_cell(row['ap_50'], 8)}{scores}"
+
+
+def _accuracy_lines(results: Mapping[str, Any]) -> Iterator[str]:
+    width = max(map(len, [*results["per_class"], "class"]))
+    yield f"  {'class':<{width}}   images  accuracy"
+    for name, row in results["per_class"].items():
+        yield f"  {name:<{width}} {row['images']:>8} {_cell(row['accuracy'], 9)}"
 
 
 def _size_lines(results: Mapping[str, Any]) -> Iterator[str]:
