@@ -1,6 +1,6 @@
 """Show a model to anyone: detections, heat maps that say why, and what is known about the model.
 
-python app.py                                                     # the bundled digits detector
+python app.py                                                     # the bundled VOC detector
 python app.py --checkpoint runs/voc-.../checkpoints/....ckpt      # repeat --checkpoint to add a classifier
 python app.py --checkpoint hf://owner/name                        # weights from the Hugging Face Hub
 python app.py --checkpoint C --build-space DIR --samples 12       # a complete folder for a Hugging Face Space
@@ -60,8 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     models = space.load_models(args.checkpoint or space.bundled(HOME / "weights"), args.model_url)
     data = {key: getattr(args, key) for key in ("data_root", "split") if getattr(args, key) is not None}
+    brought = None if args.checkpoint or data else HOME / "samples"  # they go with the bundled weights
     if args.build_space:
-        folder = space.build(Path(args.build_space), HOME, models, args.samples, data)
+        folder = space.build(Path(args.build_space), HOME, models, args.samples, data, brought)
         print(f"{folder} is ready: try it with `cd {folder} && python app.py`")
         if args.push:
             print(space.push(folder, args.push))
@@ -72,9 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from yolo.demo.page import build_page, serve
 
         samples = {
-            task: space.find_samples(
-                HOME / "samples" / task, Path(scratch) / task, model.loaded, args.samples, data
-            )
+            task: space.find_samples(Path(scratch) / task, model, args.samples, data, brought)
             for task, model in models.items()
         }
         serve(build_page(models, samples), models, args.host, args.port)

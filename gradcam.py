@@ -3,9 +3,9 @@
 python gradcam.py --images photo.jpg                                  # the most confident box, as gradcam.png
 python gradcam.py --images 'photos/*.jpg' --box all --output maps     # every box of every picture
 python gradcam.py --images photo.jpg --method gradcam,layercam,eigencam --target object
-python gradcam.py --images photo.jpg --class-name 7                   # the whole picture's map of a class
-python gradcam.py --images photo.jpg --class-name 7 --missed 40,52,75,90     # the cell of a missed object
-python gradcam.py --evaluate --num-images 100                         # pointing game, deletion, insertion
+python gradcam.py --images photo.jpg --class-name dog                 # the whole picture's map of a class
+python gradcam.py --images photo.jpg --class-name dog --missed 40,52,75,90   # the cell of a missed object
+python gradcam.py --evaluate --num-images 100 --data-root VOCdevkit   # pointing game, deletion, insertion
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from yolo.logbook import Progress
     from yolo.panels import Question
 
-BUNDLED = Path(__file__).parent / "weights" / "digits_yolov3.safetensors"
+BUNDLED = Path(__file__).parent / "weights" / "voc_small_yolov3.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class GradcamArgs:
     """What to explain, and how."""
 
     checkpoint: str | None = None
-    """A `.ckpt` or `.safetensors` file, detector or classifier. Default: the bundled digits detector."""
+    """A `.ckpt` or `.safetensors` file, detector or classifier. Default: the bundled VOC detector."""
     images: str | None = None
     """A picture, a folder of pictures, or a glob in quotes."""
     output: str | None = None

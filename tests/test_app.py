@@ -9,15 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 import app
 from yolo import space
 from yolo.checkpoint import LoadedWeights, save_weights
 from yolo.config import Config, anchor_sizes
 from yolo.data.dataset import Annotation
+from yolo.data.digits import write_digits
+from yolo.data.voc import VOC_CLASSES
 from yolo.demo import detection
-from yolo.demo.about import classes_html, model_card, results_markdown
+from yolo.demo.about import classes_html, model_card, model_name, results_markdown
 from yolo.demo.detection import (
     Detector,
     Finding,
@@ -304,12 +306,28 @@ def test_samples_carry_their_annotations(tmp_path: Path):
         assert (samples.folder / sample.thumbnail).exists()
 
 
+def test_samples_stand_as_their_boxes_and_do_not_tell_where_they_were_taken(tmp_path: Path):
+    write_digits(tmp_path / "data", num_scenes={"test": 1})
+    (path,) = (tmp_path / "data" / "JPEGImages").iterdir()
+    with Image.open(path) as picture:
+        exif = picture.getexif()
+        exif[ExifTags.Base.Orientation] = 6
+        picture.save(path, exif=exif)
+    loaded = lively_detector()
+    config = replace(loaded.config, dataset="voc", data_root=str(tmp_path / "data"), split="test")
+    samples = write_samples(tmp_path / "samples", loaded, config, 1)
+    (sample,) = samples.samples
+    with Image.open(samples.folder / sample.file) as picture:
+        assert not picture.getexif() and picture.size == (sample.width, sample.height)
+
+
 def test_mistakes_are_wrong_and_the_most_confident_first(tmp_path: Path):
     loaded = random_classifier()
     samples = write_samples(tmp_path / "samples", loaded, loaded.config, 2)
     confidence = [mistake.confidence for mistake in samples.mistakes]
     assert confidence == sorted(confidence, reverse=True) and confidence
     assert all(mistake.label != mistake.predicted for mistake in samples.mistakes)
+    assert samples.data == "digits test", "it may stand in public: no path of this machine"
 
 
 def test_results_stand_beside_what_they_belong_to():
@@ -329,6 +347,14 @@ def test_class_names_cannot_inject_markup():
 def test_the_card_names_the_origin_of_the_photographs_and_the_model_page():
     card = model_card(lively_detector(), None, "https://huggingface.co/owner/name")
     assert "CC BY" in card and "https://huggingface.co/owner/name" in card
+
+
+def test_other_data_in_the_layout_of_voc_is_not_called_pascal_voc():
+    loaded = lively_detector()
+    cells = replace(loaded, config=replace(loaded.config, dataset="voc"))
+    assert "own" in model_name(cells) and "Flickr" not in model_card(cells, None, None)
+    voc = replace(cells, class_names=VOC_CLASSES)
+    assert "PASCAL VOC" in model_name(voc) and "Flickr" in model_card(voc, None, None)
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,19 @@ def test_safetensors_are_read_back_with_everything(tmp_path: Path) -> None:
     assert len(modes) == 1, "a web server or a colleague cannot read it"
 
 
+def test_weights_for_others_do_not_tell_where_the_data_lay(tmp_path: Path) -> None:
+    config = Config(
+        width=0.03125, dataset="voc", data_root="/home/me/VOCdevkit/", init_weights="/home/me/x.pt"
+    )
+    results = {"map_50": 0.5, "data": "VOC 2007:test in /home/me/VOCdevkit"}
+    model = YoloV3(len(CLASSES), config.width)
+    export(LoadedWeights(model, config, CLASSES, None, results, "", Path()), tmp_path / "w.safetensors")
+    assert b"/home/me" not in (tmp_path / "w.safetensors").read_bytes()
+    again = load_weights(tmp_path / "w.safetensors")
+    assert again.results == {"map_50": 0.5, "data": "VOC 2007:test in VOCdevkit"}
+    assert again.config.dataset == "voc"
+
+
 def test_a_difference_from_eager_leaves_no_file(
     classifier: LoadedWeights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

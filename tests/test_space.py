@@ -1,5 +1,6 @@
 """A Space is built, started as it stands, and used: by programs and in a browser."""
 
+import ast
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, requires, version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ import pytest
 import yaml
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from packaging.requirements import Requirement
 from PIL import Image
 from test_app import bomb, lively_detector, random_classifier, save
 
@@ -30,9 +32,10 @@ import app
 from yolo import space
 from yolo.checkpoint import load_weights
 from yolo.demo.detection import COLUMNS
+from yolo.demo.samples import read_samples, write_samples
 from yolo.errors import UserError
 
-BUNDLED = Path(app.__file__).parent / "weights" / "digits_yolov3.safetensors"
+BUNDLED = Path(app.__file__).parent / "weights" / "voc_small_yolov3.safetensors"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHROMIUM_FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -141,9 +144,47 @@ def test_a_space_is_complete(server: Server):
 
 
 def test_a_space_imports_nothing_that_it_does_not_install(server: Server):
-    imported = set(re.findall(r"\| +(\w+)$", server.log.read_text(), re.MULTILINE))
-    assert {"torch", "gradio", "pytorch_grad_cam"} <= imported
+    """Other libraries take what they find: what our own modules import at their top must be installed."""
+    imported = set(re.findall(r"\| +([\w.]+)$", server.log.read_text(), re.MULTILINE))
+    assert {"torch", "gradio", "pytorch_grad_cam", "yolo.demo.page"} <= imported
     assert not imported & {"lightning", "pytorch_lightning", "tensorboard", "torchmetrics"}
+    modules = [Path(*name.split(".")) for name in imported if name.startswith("yolo.")]
+    files = [server.folder / module.with_suffix(".py") for module in modules]
+    wanted = set().union(*(imports_at_top(file) for file in files if file.exists()))
+    installed, providers = needed_by({"gradio", *space.PACKAGES}), packages_distributions()
+    assert {"torch", "gradio", "PIL"} <= wanted
+    for name in wanted & set(providers):
+        assert installed & set(map(plain, providers[name])), name
+
+
+def imports_at_top(file: Path) -> set[str]:
+    """The top-level packages that a module imports when it is loaded."""
+    names: set[str] = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").partition(".")[0])
+    return names
+
+
+def plain(name: str) -> str:
+    """The one spelling of a distribution's name."""
+    return re.sub("[-_.]+", "-", name).lower()
+
+
+def needed_by(packages: set[str]) -> set[str]:
+    """The packages and, without extras, everything that they install here."""
+    found: set[str] = set()
+    waiting = set(packages)
+    while waiting:
+        name = plain(waiting.pop())
+        found.add(name)
+        for line in requires(name) or ():
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                waiting |= {plain(requirement.name)} - found
+    return found
 
 
 def test_a_program_detects_filters_and_explains(client: Client, photo: Path):
@@ -388,8 +429,30 @@ def test_a_space_of_one_model_shows_its_tab_alone(browser: Any, tmp_path: Path, 
         page.close()
 
 
+def test_samples_beside_the_weights_are_shown_in_place_of_test_data(tmp_path: Path):
+    loaded = lively_detector()
+    written = write_samples(tmp_path / "samples" / "detection", loaded, loaded.config, 2)
+    model = space.Model(replace(loaded, config=replace(loaded.config, dataset="voc")), None)
+    nowhere = {"data_root": str(tmp_path)}
+    found = space.find_samples(tmp_path / "made", model, 12, nowhere, tmp_path / "samples")
+    assert found == replace(written, folder=tmp_path / "made")
+    other = replace(model, loaded=replace(model.loaded, class_names=("cat", "dog")))
+    assert space.find_samples(tmp_path / "other", other, 12, nowhere, tmp_path / "samples") is None
+    assert space.find_samples(tmp_path / "none", model, 0, nowhere, tmp_path / "samples") is None
+
+
+def test_the_bundled_samples_fit_the_bundled_weights_and_name_whom_they_are_from():
+    samples = read_samples(BUNDLED.parent.parent / "samples" / "detection")
+    models = space.load_models(space.bundled(BUNDLED.parent), None)
+    assert list(models) == ["detection"] and models["detection"].loaded.path == BUNDLED
+    assert samples and samples.class_names == models["detection"].loaded.class_names
+    for sample in samples.samples:
+        with Image.open(samples.folder / sample.file) as picture:
+            assert picture.size == (sample.width, sample.height)
+        assert sample.boxes and re.search("CC0|public domain", sample.credit)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not BUNDLED.exists(), reason="the bundled weights are not there")
 def test_the_bundled_detector_answers_within_a_second(tmp_path: Path, photo: Path):
     """On two otherwise idle cores, from the upload to the last picture in the client's hands."""
     folder = tmp_path / "space"

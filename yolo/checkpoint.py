@@ -5,6 +5,7 @@ A checkpoint (`epoch012-step004321-lr3.412e-04.ckpt`) is a dict of tensors and p
 all that inference needs.
 """
 
+import dataclasses
 import hashlib
 import json
 import pickle
@@ -175,6 +176,23 @@ def save_weights(
     }
     with replacing(path) as temporary:
         temporary.write_bytes(save(tensors, metadata))  # `save_file` would let nobody else read it
+
+
+def publish_weights(path: Path, loaded: LoadedWeights) -> None:
+    """Write a model for others: as `save_weights`, without what belongs to the machine that trained it."""
+    config = dataclasses.replace(loaded.config, data_root=None, init_weights=None, download=False)
+    save_weights(path, loaded.model, config, loaded.class_names, loaded.anchors, public_results(loaded))
+
+
+def public_results(loaded: LoadedWeights) -> dict[str, Any]:
+    """Return the results with no more of the path of the data than its last part."""
+    root = Path(loaded.config.data_root or "")
+    if not root.name:
+        return loaded.results
+    return {
+        key: value.replace(str(root), root.name) if isinstance(value, str) else value
+        for key, value in loaded.results.items()
+    }
 
 
 def load_weights(path: Path) -> LoadedWeights:

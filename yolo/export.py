@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from yolo.atomic import replacing
-from yolo.checkpoint import LoadedWeights, save_weights
+from yolo.checkpoint import LoadedWeights, publish_weights
 from yolo.errors import UsageError, UserError
 from yolo.inference import fuse
 from yolo.models.yolov3 import STRIDES, decode
@@ -66,7 +66,7 @@ def export(loaded: LoadedWeights, path: Path) -> str:
 
 def export_safetensors(loaded: LoadedWeights, path: Path) -> str:
     """Write the weights in half precision with their metadata, as `app.py` and `evaluate.py` read them."""
-    save_weights(path, loaded.model, loaded.config, loaded.class_names, loaded.anchors, loaded.results)
+    publish_weights(path, loaded)
     return f"{path}: {_megabytes(path)}, half precision; evaluate.py, gradcam.py and app.py read it"
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from yolo.checkpoint import LoadedWeights, load_weights, save_weights
+from yolo.checkpoint import LoadedWeights, load_weights, public_results, publish_weights
 from yolo.demo.about import TASKS, model_card, model_name, results_markdown
 from yolo.demo.samples import SampleSet, read_samples, write_samples
 from yolo.errors import UsageError, UserError
@@ -67,28 +67,29 @@ def load_models(checkpoints: Sequence[str], model_url: str | None) -> dict[str, 
             raise UsageError(
                 f"--checkpoint {other} and {path} are both for {TASKS[loaded.task]}: name one of each task"
             )
-        models[loaded.task] = Model(loaded, model_url or url)
+        shown = dataclasses.replace(loaded, results=public_results(loaded))
+        models[loaded.task] = Model(shown, model_url or url)
     return {task: models[task] for task in TASKS if task in models}
 
 
 def find_samples(
-    brought: Path, made: Path, loaded: LoadedWeights, count: int, data: Mapping[str, Any]
+    made: Path, model: Model, count: int, data: Mapping[str, Any], brought: Path | None
 ) -> SampleSet | None:
-    """Return the samples that a Space brought along, or make them from the test data; None without it."""
-    samples = read_samples(brought)
-    if samples and samples.class_names == loaded.class_names:
-        return samples
-    if count <= 0:
-        return None
+    """Return the samples of a model as `_make_samples` does; None where there is no test data."""
     try:
-        return write_samples(made, loaded, dataclasses.replace(loaded.config, **data), count)
+        return _make_samples(made, model, count, data, brought)
     except UserError as error:
         print(f"no samples: {error}", flush=True)
         return None
 
 
 def build(
-    folder: Path, source: Path, models: Mapping[str, Model], count: int, data: Mapping[str, Any]
+    folder: Path,
+    source: Path,
+    models: Mapping[str, Model],
+    count: int,
+    data: Mapping[str, Any],
+    brought: Path | None = None,
 ) -> Path:
     """Write a complete Space, whole or not at all.
 
@@ -98,6 +99,7 @@ def build(
         models: by task.
         count: samples per model.
         data: `data_root` and `split` of the samples, where they differ from the training run.
+        brought: folder of samples by task that lie beside bundled weights, to be taken instead.
 
     Raises:
         UserError: if the folder is in use or the test data cannot be opened.
@@ -108,11 +110,10 @@ def build(
     with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         space = Path(scratch) / "space"
         _copy_code(source, space)
-        samples = {}
-        if count > 0:
-            for task, model in models.items():
-                config = dataclasses.replace(model.loaded.config, **data)
-                samples[task] = write_samples(space / "samples" / task, model.loaded, config, count)
+        samples = {
+            task: _make_samples(space / "samples" / task, model, count, data, brought)
+            for task, model in models.items()
+        }
         _write_texts(space, {task: _write_weights(space, model) for task, model in models.items()}, samples)
         if folder.exists():
             folder.rmdir()
@@ -185,17 +186,29 @@ def _copy_code(source: Path, space: Path) -> None:
     shutil.copytree(source / "yolo", space / "yolo", ignore=shutil.ignore_patterns("__pycache__"))
 
 
+def _make_samples(
+    made: Path, model: Model, count: int, data: Mapping[str, Any], brought: Path | None
+) -> SampleSet | None:
+    """Fill the new folder `made` with the samples brought along for these classes, or with test data."""
+    if count <= 0:
+        return None
+    folder = brought and brought / model.loaded.task
+    samples = folder and read_samples(folder)
+    if folder and samples and samples.class_names == model.loaded.class_names:
+        shutil.copytree(folder, made)
+        return read_samples(made)
+    return write_samples(made, model.loaded, dataclasses.replace(model.loaded.config, **data), count)
+
+
 def _write_weights(space: Path, model: Model) -> Model:
-    """Write weights without the paths of the machine on which they were made; return them as written."""
-    loaded = model.loaded
-    config = dataclasses.replace(loaded.config, data_root=None, init_weights=None)
-    path = space / "weights" / f"{loaded.task}.safetensors"
+    """Write the weights; return them as written."""
+    path = space / "weights" / f"{model.loaded.task}.safetensors"
     path.parent.mkdir(exist_ok=True)
-    save_weights(path, loaded.model, config, loaded.class_names, loaded.anchors, loaded.results)
+    publish_weights(path, model.loaded)
     return Model(load_weights(path), model.url)
 
 
-def _write_texts(space: Path, models: Mapping[str, Model], samples: Mapping[str, SampleSet]) -> None:
+def _write_texts(space: Path, models: Mapping[str, Model], samples: Mapping[str, SampleSet | None]) -> None:
     cards = "\n\n".join(_card(model, samples.get(task)) for task, model in models.items())
     front = yaml.safe_dump(_front_matter(models), sort_keys=False, allow_unicode=True)
     (space / "README.md").write_text(f"---\n{front}---\n\n{cards}\n")

@@ -69,7 +69,9 @@ def _locate(root: Path, part: str) -> tuple[Path, str]:
 def _nothing_found(root: Path, part: str, folders: list[Path]) -> str:
     looked = " or ".join(str(folder / "Annotations") for folder in folders)
     if not root.is_dir():
-        return f"no data set at {root} (looked for {looked}): point --data-root to it, or add --download"
+        return (
+            f"no data set at {root} (looked for {looked}): name --data-root; train.py --download fetches VOC"
+        )
     years = sorted(folder.name[3:] for folder in root.glob("VOC[0-9]*"))
     if years:
         return (

@@ -5,6 +5,7 @@ from html import escape
 from typing import Any
 
 from yolo.checkpoint import LoadedWeights
+from yolo.data.voc import VOC_CLASSES
 from yolo.demo.samples import SampleSet
 from yolo.plots import class_color
 
@@ -23,7 +24,6 @@ RESULT_ROWS = (
 DATA_NAMES = {
     "digits": "handwritten digits",
     "voc": "PASCAL VOC",
-    "csv": "PASCAL VOC",
     "cifar10": "CIFAR-10",
 }
 TASKS = {"detection": "object detection", "classification": "image classification"}
@@ -42,7 +42,6 @@ ORIGINS = {
     ),
     ("digits", "classification"): DIGITS,
     ("voc", "detection"): FLICKR,
-    ("csv", "detection"): FLICKR,
     ("cifar10", "classification"): (
         "CIFAR-10 (A. Krizhevsky, 2009), a labelled part of the Tiny Images collected from the web. "
         "Its authors state no licence; use it for research"
@@ -78,7 +77,7 @@ def model_name(*models: LoadedWeights) -> str:
     """Return what models are called in titles, as in `YOLOv3 on PASCAL VOC`."""
     networks_of: dict[str, list[str]] = {}
     for loaded in models:
-        data = DATA_NAMES.get(loaded.config.dataset, "a data set of its own")
+        data = DATA_NAMES.get(_data_set(loaded), "a data set of its own")
         networks_of.setdefault(data, []).append("YOLOv3" if loaded.task == "detection" else "ResNet")
     return ", ".join(f"{' and '.join(networks)} on {data}" for data, networks in networks_of.items())
 
@@ -110,7 +109,7 @@ def model_card(loaded: LoadedWeights, samples: SampleSet | None, model_url: str 
     config = loaded.config
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     where = f"[{model_url}]({model_url})" if model_url else f"the file `{loaded.path.name}`"
-    origin = ORIGINS.get((config.dataset, config.task), OWN_DATA)
+    origin = ORIGINS.get((_data_set(loaded), config.task), OWN_DATA)
     lines = [
         f"- **Task:** {TASKS[loaded.task]}, {len(loaded.class_names)} classes",
         f"- **Network:** {_network(loaded)}, {parameters / 1e6:.1f} million parameters",
@@ -122,6 +121,13 @@ def model_card(loaded: LoadedWeights, samples: SampleSet | None, model_url: str 
         "where a mistake can hurt somebody.",
     ]
     return "\n".join(lines)
+
+
+def _data_set(loaded: LoadedWeights) -> str:
+    """Return whose data it is: `voc` and `csv` are layouts, in which other data come as well."""
+    if loaded.config.dataset not in ("voc", "csv"):
+        return loaded.config.dataset
+    return "voc" if loaded.class_names == VOC_CLASSES else "own"
 
 
 def _circumstances(results: dict[str, Any]) -> str:
@@ -155,5 +161,5 @@ def _sample_lines(samples: SampleSet | None) -> list[str]:
     if samples is None or not samples.samples:
         return []
     credits = sorted({sample.credit for sample in samples.samples if sample.credit})
-    line = f"- **Samples:** from the test split, not picked by hand ({samples.data})"
+    line = f"- **Samples:** {samples.choice} ({samples.data})"
     return [line + (f". Photographs by {'; '.join(credits)}." if credits else ".")]

@@ -11,6 +11,7 @@ from yolo.demo.classify_tab import ClassifyTab
 from yolo.demo.detect_tab import DetectTab
 from yolo.demo.detection import Detector
 from yolo.demo.look import THEME, style_sheet
+from yolo.demo.parts import QUEUE
 from yolo.demo.pictures import MAX_FILE_SIZE
 from yolo.demo.samples import SampleSet
 from yolo.space import Model
@@ -30,13 +31,13 @@ def build_page(models: Mapping[str, Model], samples: Mapping[str, SampleSet | No
             if "detection" in models:
                 with gr.Tab("Detect", id="detect"):
                     detect = DetectTab(Detector(models["detection"].loaded), samples["detection"])
-                    page.load(detect.on_open, None, detect.shown, api_visibility="private")
+                    page.load(detect.on_open, None, detect.shown, api_visibility="private", **QUEUE)
             if "classification" in models:
                 with gr.Tab("Classify", id="classify"):
                     classify = ClassifyTab(
                         Classifier(models["classification"].loaded), samples["classification"]
                     )
-                    page.load(classify.on_open, None, classify.shown, api_visibility="private")
+                    page.load(classify.on_open, None, classify.shown, api_visibility="private", **QUEUE)
             with gr.Tab("About", id="about"):
                 for task, model in models.items():
                     _lay_out_model(model, samples[task])

@@ -107,7 +107,7 @@ def samples_gallery(samples: SampleSet | None) -> gr.Dataset:
         components=[gr.Image(visible=False)],
         samples=files,
         type="index",
-        label="Or one from the test data",
+        label="Or one of these",
         layout="gallery",
         samples_per_page=16,
         elem_classes="samples",

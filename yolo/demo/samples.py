@@ -83,6 +83,7 @@ class SampleSet:
     tested: int  # images that were searched for mistakes
     samples: tuple[Sample, ...] = ()
     mistakes: tuple[Mistake, ...] = ()
+    choice: str = "from the test split, not picked by hand"  # what they are
 
 
 def read_samples(folder: Path) -> SampleSet | None:
@@ -91,14 +92,12 @@ def read_samples(folder: Path) -> SampleSet | None:
     if not index.exists():
         return None
     content = json.loads(index.read_text())
-    return SampleSet(
-        folder=folder,
-        class_names=tuple(content["class_names"]),
-        data=content["data"],
-        tested=content["tested"],
-        samples=tuple(Sample(**values) for values in content["samples"]),
-        mistakes=tuple(Mistake(**values) for values in content["mistakes"]),
-    )
+    content |= {
+        "class_names": tuple(content["class_names"]),
+        "samples": tuple(Sample(**values) for values in content["samples"]),
+        "mistakes": tuple(Mistake(**values) for values in content["mistakes"]),
+    }
+    return SampleSet(folder=folder, **content)
 
 
 def write_samples(folder: Path, loaded: LoadedWeights, config: Config, count: int) -> SampleSet:
@@ -112,9 +111,8 @@ def write_samples(folder: Path, loaded: LoadedWeights, config: Config, count: in
         images = open_images(config, config.split, loaded.class_names)
         samples = [_write_image(folder, images, i) for i in _spread(len(images), count)]
         mistakes = [_write_mistake(folder, images, *found) for found in find_mistakes(loaded, images)]
-        content = SampleSet(
-            folder, loaded.class_names, images.name, len(images), tuple(samples), tuple(mistakes)
-        )
+        name = f"{config.dataset} {config.split}"  # the whole name tells the folder
+        content = SampleSet(folder, loaded.class_names, name, len(images), tuple(samples), tuple(mistakes))
     else:
         with TemporaryDirectory() as scratch:
             scenes = _open_scenes(Path(scratch), config, loaded.class_names, count)
@@ -159,7 +157,7 @@ def _open_scenes(scratch: Path, config: Config, class_names: Sequence[str], coun
 
 def _write_scene(folder: Path, scenes: DetectionDataset, index: int) -> Sample:
     note, path = scenes.annotation(index), scenes.paths[index]
-    shutil.copyfile(path, folder / path.name)
+    _write_picture(path, scenes.image(index), folder)
     return Sample(
         file=path.name,
         thumbnail=_write_thumbnail(folder, path.stem, scenes.image(index)),
@@ -171,6 +169,15 @@ def _write_scene(folder: Path, scenes: DetectionDataset, index: int) -> Sample:
         width=note.width,
         credit=_photographer(path),
     )
+
+
+def _write_picture(path: Path, pixels: np.ndarray, folder: Path) -> None:
+    """Copy a picture; one with EXIF is written anew, as its boxes lie, without place and camera."""
+    with Image.open(path) as picture:
+        if not picture.getexif():
+            shutil.copyfile(path, folder / path.name)
+        else:
+            Image.fromarray(pixels).save(folder / path.name, quality=95)
 
 
 def _write_image(folder: Path, images: ImageDataset, index: int) -> Sample:
@@ -198,11 +205,10 @@ def _write_thumbnail(folder: Path, name: str, image: np.ndarray) -> str:
     top, left = (height - side) // 2, (width - side) // 2
     square = image[top : top + side, left : left + side]
     mode = cv2.INTER_AREA if side > THUMBNAIL_SIDE else cv2.INTER_CUBIC
-    file = f"{name}-thumbnail.jpg"
-    Image.fromarray(cv2.resize(square, (THUMBNAIL_SIDE, THUMBNAIL_SIDE), interpolation=mode)).save(
-        folder / file
-    )
-    return file
+    path = folder / "thumbnails" / f"{name}.jpg"
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(cv2.resize(square, (THUMBNAIL_SIDE, THUMBNAIL_SIDE), interpolation=mode)).save(path)
+    return path.relative_to(folder).as_posix()
 
 
 def _photographer(path: Path) -> str:
