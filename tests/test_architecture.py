@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    0: "errors atomic config cli boxes schedule stopping provenance run_folder",
+    0: "errors text atomic config cli boxes schedule stopping provenance run_folder",
     1: "models inference mistakes data metrics ema plots figures error_grids explain faithfulness logbook",
     2: "loss",
     3: "tasks doctor",

@@ -49,7 +49,8 @@ def test_a_stored_configuration_reads_back_the_same(tmp_path):
         ("epochs: many", "'epochs: many'"),
         ("img_sizes: [300]", "multiples of 32"),
         ("- a list", "key: value"),
-        ("out_dir: here", "unknown key 'out_dir'"),
+        ("out_dir: here", "'out_dir' is of one start alone: write it on the command line"),
+        ("mirror: /drive/runs", "'mirror' is of one start alone"),
         ("a: [", "line 2: is not valid YAML"),
     ],
 )

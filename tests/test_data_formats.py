@@ -123,6 +123,21 @@ def test_a_broken_label_names_its_file(folder: Path, line: str, words: str):
         read_yolo_folder(folder, "train", None)
 
 
+def test_files_saved_by_windows_programs_are_read_or_refused_in_one_line(kaggle: Path):
+    """Excel and Notepad put a byte order mark first; PowerShell's `>` writes UTF-16."""
+    expected = read_csv_layout(kaggle, "train", VOC_CLASSES)
+    for file in (kaggle / "train.csv", kaggle / "classes.txt"):
+        text = file.read_text() if file.exists() else "\n".join(VOC_CLASSES)
+        file.write_text(text, encoding="utf-8-sig")
+    read = read_csv_layout(kaggle, "train", None)
+    assert (read.image_ids, read.class_names) == (expected.image_ids, expected.class_names)
+    label = kaggle / "labels" / "000007.txt"
+    label.write_text(label.read_text(), encoding="utf-16")
+    with pytest.raises(UserError, match=r"000007\.txt: is not UTF-8 text"):
+        read_csv_layout(kaggle, "train", None)
+    assert len(read_csv_layout(kaggle, "train", None, skip_bad=True)) == 1
+
+
 def test_a_missing_split_names_what_is_there(folder: Path):
     with pytest.raises(UserError, match=r"split 'valid'.*data\.yaml"):
         read_yolo_folder(folder, "valid", None)

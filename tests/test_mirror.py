@@ -273,6 +273,8 @@ def test_the_newest_unfinished_run_of_the_configuration_is_found(tmp_path: Path,
         mirrored_run(tmp_path, url, name, steps=(1,))
     fs, root = fsspec.core.url_to_fs(url)
     fs.pipe_file(f"{root}/voc-20260103-000000/results.json", b"{}")
+    fs.makedirs(f"{root}/voc-20260105-000000")
+    fs.pipe_file(f"{root}/voc-20260105-000000/schedule.txt", b"planned, and died before its first checkpoint")
     assert find_run(url, "voc") == "voc-20260102-000000"
     assert fetch_run(url, "voc-20260104-000000", tmp_path / "none") is None
 

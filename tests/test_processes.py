@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from yolo import processes
 from yolo.config import Config
+from yolo.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = ("LOCAL_WORLD_SIZE", "WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "SLURM_NNODES")
@@ -33,12 +35,18 @@ def test_the_world_is_what_the_launcher_says(monkeypatch, environment, flags, wo
 
 @pytest.mark.parametrize(
     ("wanted", "device", "picked"),
-    [("auto", "cuda", "16-mixed"), ("auto", "mps", "32-true"), ("bf16-mixed", "cuda", "bf16-mixed")],
+    [("auto", "cuda", "16-mixed"), ("bf16-mixed", "cuda", "bf16-mixed"), ("32-true", "cpu", "32-true")],
 )
 def test_precision_follows_the_device_unless_it_is_given(wanted, device, picked):
     precision, why = processes.pick_precision(wanted, device)
     assert precision == picked
     assert why
+
+
+def test_a_gpu_that_is_not_there_is_one_clear_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="--accelerator cuda: no CUDA device"):
+        processes.make_fabric(Config(accelerator="cuda"))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")

@@ -11,6 +11,7 @@ from typing import Any
 import faults
 import pytest
 import torch
+from filelock import FileLock
 from launching import train
 
 from yolo.checkpoint import content_digest, load_checkpoint
@@ -177,6 +178,10 @@ def test_max_steps_ends_early_and_a_later_start_goes_further(
     assert trainer("--resume", "auto") == 0
     weights = [load_checkpoint(run.checkpoints[-1])["model"] for run in (trainer, uninterrupted)]
     assert content_digest(weights[0]) == content_digest(weights[1])
+    lines = {(line["kind"], line["step"]): line for line in trainer.metrics()}
+    assert len(lines) == len(uninterrupted.metrics()) + 2  # a line and a test at step 5
+    for line in uninterrupted.metrics():
+        assert lines[line["kind"], line["step"]] == line
 
 
 def test_half_precision_resumes_with_its_scaler(trainer: Trainer, tmp_path: Path) -> None:
@@ -304,6 +309,15 @@ def test_a_run_folder_is_not_overwritten_by_accident(stopped: Trainer) -> None:
     assert "--resume auto" in stopped.error()
 
 
+def test_two_trainings_in_one_folder_are_refused(stopped: Trainer) -> None:
+    with FileLock(stopped.run_dir / ".lock"):
+        before = {path: path.read_bytes() for path in stopped.run_dir.rglob("*") if path.is_file()}
+        assert stopped("--resume", "auto", hook=faults.impatient) == 1
+        assert "another training is at work" in stopped.error()
+        assert {path: path.read_bytes() for path in stopped.run_dir.rglob("*") if path.is_file()} == before
+    assert stopped("--resume", "auto") == 0, stopped.output
+
+
 def test_an_earlier_checkpoint_can_be_chosen(stopped: Trainer, uninterrupted: Trainer) -> None:
     assert stopped("--resume", str(stopped.checkpoints[0])) == 0, stopped.output
     assert "set aside" in stopped.output
@@ -323,6 +337,7 @@ def test_the_optimizer_follows_the_flags_of_the_later_start(stopped: Trainer) ->
     assert stopped("--resume", "auto", "--weight-decay", "0.1") == 0, stopped.output
     decayed, plain = load_checkpoint(stopped.checkpoints[-1])["optimizer"]["param_groups"]
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    assert "weight_decay: 0.1" in (stopped.run_dir / "config.yaml").read_text(), "and of all starts after it"
 
 
 def test_keep_prunes_all_but_the_newest_and_the_best(trainer: Trainer) -> None:

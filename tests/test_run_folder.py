@@ -63,6 +63,17 @@ def test_a_folder_with_a_run_is_refused_unless_it_is_resumed(tmp_path):
     assert find_run_folder("voc", str(tmp_path / "run"), "auto")[0].path == tmp_path / "run"
 
 
+def test_a_run_that_goes_on_in_another_folder_starts_from_its_newest_checkpoint(tmp_path):
+    run = make_run(tmp_path / "run", steps=(7, 9))
+    folder, source, resuming = find_run_folder("voc", str(tmp_path / "new"), str(run.path))
+    assert (folder.path, source, resuming) == (tmp_path / "new", list_checkpoints(run.checkpoints)[-1], True)
+    assert find_run_folder("voc", str(run.path), str(run.path))[1] is None
+    make_run(tmp_path / "other", steps=(3,))
+    for resume in (run.path, source):
+        with pytest.raises(UsageError, match="holds another run"):
+            find_run_folder("voc", str(tmp_path / "other"), str(resume))
+
+
 def test_resuming_what_holds_no_run_is_refused(tmp_path):
     run = make_run(tmp_path / "run", steps=(7,))
     make_run(tmp_path / "empty")
@@ -130,6 +141,7 @@ def test_replanned_schedules_stand_beside_the_first(tmp_path):
     for name in ("schedule.txt", *(f"schedule-{number}.txt" for number in range(2, 12))):
         assert folder.next_schedule() == tmp_path / name
         folder.next_schedule().write_text("")
+    (tmp_path / "schedule-backup.txt").write_text("somebody's")
     assert folder.schedules()[0].name == "schedule-11.txt"
     assert folder.schedules()[-1].name == "schedule.txt"
 

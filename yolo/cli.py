@@ -16,8 +16,11 @@ import tyro
 import yaml
 
 from yolo.errors import UsageError, UserError
+from yolo.text import read_text
 
 Args = TypeVar("Args")
+# Not stored with a run: in a file they would hold for its first start and be forgotten by its resume.
+OF_ONE_START = frozenset({"config", "out_dir", "resume", "replan", "mirror", "max_time"})
 WITHOUT_LIBGL = "pip install --force-reinstall --no-deps opencv-python-headless"
 
 
@@ -79,7 +82,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UsageError: if the file is missing, is no YAML, or is no mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(read_text(path))
     except OSError as error:
         raise UsageError(f"--config {path}: cannot be read ({error.strerror})") from None
     except yaml.YAMLError as error:
@@ -94,9 +97,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def _from_yaml(args_class: type[Args], path: Path) -> Args:
     values = read_yaml(path)
     known = {field.name for field in dataclasses.fields(args_class)}  # type: ignore[arg-type]
-    known -= {"config", "out_dir", "resume"}  # read off the command line before anything else
     words: list[str] = []
     for key, value in values.items():
+        if key in OF_ONE_START:
+            raise UsageError(f"--config {path}: '{key}' is of one start alone: write it on the command line")
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""

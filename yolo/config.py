@@ -156,7 +156,7 @@ class HardwareConfig:
     """Where and how it runs."""
 
     accelerator: str = "auto"
-    """`cpu`, `cuda`, `mps` or `auto`."""
+    """`cpu`, `cuda` or `auto`."""
     devices: int | Literal["auto"] = "auto"
     """Number of devices per node. Under torchrun and srun their own numbers win."""
     num_nodes: int = 1

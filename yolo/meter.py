@@ -81,7 +81,8 @@ class Meter:
         }
         self.run.record("train", state.step, values)
         self.progress.note(self._line(values, seconds))
-        state.loss_sums = {}
+        if state.step % self.cfg.log_every == 0:  # at an end between two, a later start needs them
+            state.loss_sums = {}
         self._restart()
 
     def close(self) -> None:

@@ -168,10 +168,8 @@ def find_run(url: str, config_name: str) -> str | None:
         UserError: if the mirror cannot be read.
     """
     fs, root = _open(url)
-    for run in reversed(_names(fs, root, url)):
-        if fnmatch(run, f"{config_name}-[0-9]*") and "results.json" not in _names(fs, f"{root}/{run}", url):
-            return run
-    return None
+    runs = (run for run in reversed(_names(fs, root, url)) if fnmatch(run, f"{config_name}-[0-9]*"))
+    return next((run for run in runs if _is_unfinished(fs, f"{root}/{run}", url)), None)
 
 
 def fetch_run(
@@ -189,8 +187,8 @@ def fetch_run(
     fs, root = _open(url)
     remote, folder = f"{root}/{run_name}", run_dir / "checkpoints"
     local_step = max((step_of(path) for path in list_checkpoints(folder)), default=-1)
-    names = [name for name in _names(fs, f"{remote}/checkpoints", url) if fnmatch(name, CHECKPOINTS)]
-    newer = [path for path in map(folder.joinpath, names) if step_of(path) > local_step]
+    paths = map(folder.joinpath, _checkpoint_names(fs, remote, url))
+    newer = [path for path in paths if step_of(path) > local_step]
     for name in _names(fs, remote, url) if newer else ():  # first: what comes after a broken fetch needs them
         if fs.isfile(f"{remote}/{name}"):
             _get(fs, f"{remote}/{name}", run_dir / name, url)
@@ -244,6 +242,14 @@ def _names(fs: AbstractFileSystem, folder: str, url: str) -> list[str]:
         return []
     except Exception as error:
         raise _unreadable(url, error) from None
+
+
+def _is_unfinished(fs: AbstractFileSystem, run: str, url: str) -> bool:
+    return "results.json" not in _names(fs, run, url) and bool(_checkpoint_names(fs, run, url))
+
+
+def _checkpoint_names(fs: AbstractFileSystem, run: str, url: str) -> list[str]:
+    return [name for name in _names(fs, f"{run}/checkpoints", url) if fnmatch(name, CHECKPOINTS)]
 
 
 def _unreadable(url: str, error: Exception) -> UserError:

@@ -122,7 +122,8 @@ def _read_torch_file(path: Path) -> Mapping[str, Any]:
             "save its state_dict() alone"
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: is damaged or no torch file ({str(error).splitlines()[0]})") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: is damaged or no torch file ({reason})") from None
     for key in ("ema", "model", "state_dict", "model_state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             return content[key]

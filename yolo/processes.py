@@ -65,7 +65,7 @@ def pick_precision(wanted: str, device: str) -> tuple[str, str]:
         return "16-mixed", "CUDA computes half precision several times faster"
     if device == "cpu" and cpu_computes_bf16():
         return "bf16-mixed", "this CPU has native bfloat16 instructions"
-    return "32-true", f"no fast half precision on this {device}"
+    return "32-true", "this CPU has no native bfloat16 instructions"
 
 
 def world(cfg: HardwareConfig) -> tuple[int | str, int]:
@@ -131,10 +131,10 @@ def _cpu_group() -> Any:
 
 
 def _device_type(accelerator: str) -> str:
-    if accelerator in ("auto", "gpu"):
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
-    if accelerator not in ("cpu", "cuda", "mps"):
-        raise UsageError(f"--accelerator {accelerator}: want cpu, cuda, mps or auto")
+    if accelerator == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if accelerator not in ("cpu", "cuda"):
+        raise UsageError(f"--accelerator {accelerator}: want cpu, cuda or auto")
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--accelerator cuda: no CUDA device is visible to torch; want cpu or auto")
     return accelerator

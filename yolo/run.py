@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import BaseFileLock, FileLock, Timeout
 
 from yolo.atomic import replacing
 from yolo.checkpoint import (
@@ -39,6 +40,7 @@ from yolo.schedule import (
 )
 from yolo.tasks import Task
 
+LOCK_SECONDS = 10.0  # a killed start may still be ending
 MIRROR_SECONDS = 30.0  # that a stopped run waits for its last copies
 MIRROR_SECONDS_AT_END = 600.0  # and a finished one
 
@@ -81,6 +83,7 @@ class Run:
         self.logbook: Logbook | None = None
         self.checkpoints: CheckpointWriter | None = None
         self.best_pending = False
+        self.lock: BaseFileLock | None = None
         self.started = time.monotonic()
 
     @property
@@ -116,12 +119,14 @@ class Run:
             return
         cfg, state = self.task.config, self.state
         self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        self._lock()
         self.folder.mark_launch()
+        self.folder.write_config(cfg)  # on a resume too: its flags hold from now on
         if self.planned_anew:
-            self.folder.write_config(cfg)
             self.write_plan()
         if self.resumed:
             self.folder.results.unlink(missing_ok=True)  # they belong to an earlier end of this run
+            self._mirror_remove(self.folder.results)
             for path in set_aside(self.folder.checkpoints, state.step):
                 self.say(
                     f"note: {path.name} is newer than this start of the run: set aside as {path.name}.aside"
@@ -205,6 +210,25 @@ class Run:
             self.logbook.close()
         if self.mirror:
             self.mirror.close(mirror_seconds)
+        if self.lock:
+            self.lock.release()
+
+    def _lock(self) -> None:
+        """Keep other trainings out of the folder until this process ends, however it ends.
+
+        Raises:
+            UserError: if one is at work there.
+        """
+        lock = FileLock(self.folder.lock, is_singleton=True)
+        try:
+            lock.acquire(timeout=LOCK_SECONDS)
+        except Timeout:
+            raise UserError(
+                f"{self.folder.path}: another training is at work in this folder; name another --out-dir"
+            ) from None
+        except NotImplementedError:  # a file system without locks
+            return
+        self.lock = lock
 
     def _take_schedule(self, checkpoint: Path, digest: str, may_replan: bool) -> None:
         """Go on with the schedule file of that digest, or replan from it."""

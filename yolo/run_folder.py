@@ -26,6 +26,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.plots = path / "plots"
         self.launch = path / ".launch"
+        self.lock = path / ".lock"
 
     @property
     def holds_a_run(self) -> bool:
@@ -48,7 +49,8 @@ class RunFolder:
 
     def schedules(self) -> list[Path]:
         """Return the schedule files, newest first: `schedule-3.txt`, `schedule-2.txt`, `schedule.txt`."""
-        replanned = sorted(self.path.glob("schedule-*.txt"), key=lambda path: int(path.stem.split("-")[1]))
+        numbered = (path for path in self.path.glob("schedule-*.txt") if path.stem.split("-", 1)[1].isdigit())
+        replanned = sorted(numbered, key=lambda path: int(path.stem.split("-")[1]))
         return [*reversed(replanned), *([self.schedule] if self.schedule.exists() else [])]
 
     def next_schedule(self) -> Path:
@@ -87,8 +89,12 @@ def find_run_folder(
             raise UsageError(f"--resume {source}: holds no checkpoints/; name a run folder or a checkpoint")
         if not source.is_dir() and source.absolute().parent.name != "checkpoints" and out_dir is None:
             raise UsageError(f"--resume {source}: lies in no run folder; say with --out-dir where to write")
-        home = source if source.is_dir() else source.absolute().parent.parent
-        return RunFolder(Path(out_dir) if out_dir else home), None if source.is_dir() else source, True
+        home = RunFolder(source if source.is_dir() else source.absolute().parent.parent)
+        if out_dir is None or Path(out_dir).resolve() == home.path.resolve():
+            return home, None if source.is_dir() else source, True
+        if (folder := RunFolder(Path(out_dir))).holds_a_run:
+            raise UsageError(f"--out-dir {out_dir} holds another run than --resume {resume}: leave one out")
+        return folder, list_checkpoints(home.checkpoints)[-1] if source.is_dir() else source, True
     if out_dir is not None:
         folder = RunFolder(Path(out_dir))
         if folder.holds_a_run and resume is None:

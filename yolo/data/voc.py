@@ -15,6 +15,7 @@ from defusedxml.ElementTree import parse
 
 from yolo.data.dataset import DetectionDataset, RawImage, RawObject, assemble, find_image, header_size
 from yolo.errors import UserError
+from yolo.text import read_text
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -85,7 +86,7 @@ def _nothing_found(root: Path, part: str, folders: list[Path]) -> str:
 def _read_ids(folder: Path, subset: str) -> list[str]:
     path = folder / "ImageSets" / "Main" / f"{subset}.txt"
     try:
-        lines = path.read_text().splitlines()
+        lines = read_text(path).splitlines()
     except OSError:
         known = ", ".join(sorted(other.stem for other in path.parent.glob("*.txt"))) or "none"
         raise UserError(f"no split file {path}; there are: {known}") from None

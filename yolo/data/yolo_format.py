@@ -15,6 +15,7 @@ import yaml
 
 from yolo.data.dataset import IMAGE_SUFFIXES, DetectionDataset, RawImage, RawObject, assemble, header_size
 from yolo.errors import UserError
+from yolo.text import read_text
 
 
 def read_csv_layout(
@@ -28,8 +29,7 @@ def read_csv_layout(
     path = root / f"{split}.csv"
     if not path.is_file():
         raise UserError(f"split '{split}': no file {path}; there are: {_listed(root.glob('*.csv'))}")
-    with path.open(newline="") as file:
-        rows = [[cell.strip() for cell in row] for row in csv.reader(file)]
+    rows = [[cell.strip() for cell in row] for row in csv.reader(read_text(path).splitlines())]
     if rows and Path((rows[0] or [""])[0]).suffix.lower() not in IMAGE_SUFFIXES:  # a header
         rows[0] = []
     files = {}
@@ -87,7 +87,7 @@ def _assemble(
 
 def _read_labels(image_id: str, image: Path, labels: Path, class_names: Sequence[str]) -> RawImage:
     height, width = header_size(image, follow_exif=True)
-    lines = labels.read_text().splitlines() if labels.is_file() else []
+    lines = read_text(labels).splitlines() if labels.is_file() else []
     objects = [
         _object(line, f"{labels}, line {number}", height, width, class_names)
         for number, line in enumerate(lines, start=1)
@@ -120,13 +120,13 @@ def _names(root: Path) -> list[str] | None:
             return _yaml_names(path)
     for path in (root / "classes.txt", root / "labels" / "classes.txt"):
         if path.is_file():
-            return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+            return [line.strip() for line in read_text(path).splitlines() if line.strip()]
     return None
 
 
 def _yaml_names(path: Path) -> list[str]:
     try:
-        names = yaml.safe_load(path.read_text())["names"]
+        names = yaml.safe_load(read_text(path))["names"]
         return [str(names[key]) for key in (sorted(names) if isinstance(names, dict) else range(len(names)))]
     except (yaml.YAMLError, KeyError, TypeError):
         raise UserError(f"{path}: has no readable `names:`") from None

@@ -10,6 +10,7 @@ import numpy as np
 from yolo.errors import UserError
 from yolo.metrics.average_precision import AnnotatedImages, check_detections
 from yolo.metrics.matching import Detections
+from yolo.text import read_text
 
 _TO_ZERO_BASED = np.array(
     [-1, -1, 0, 0]
@@ -62,7 +63,7 @@ def _label_of(path: Path, class_names: tuple[str, ...]) -> int:
 
 def _read_class(path: Path, label: int, place: dict[str, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the images [N], `score xmin ymin xmax ymax` [N, 5] and the labels [N] of one file."""
-    rows = [line.rsplit(maxsplit=5) for line in path.read_text().splitlines()]
+    rows = [line.rsplit(maxsplit=5) for line in read_text(path).splitlines()]
     for number, row in enumerate(rows, start=1):
         if len(row) != 6:
             raise UserError(f"{path}, line {number}: want `image score xmin ymin xmax ymax`")

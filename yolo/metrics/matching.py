@@ -126,7 +126,7 @@ def match_voc(
         detections: sorted by falling score.
         objects: of the same images.
         iou_threshold: least overlap.
-        strict: the overlap must exceed the threshold, as in the devkit.
+        strict: the overlap must exceed the threshold, as the VOC text says (VOCevaldet.m itself takes >=).
 
     Returns:
         Matches with T = 1.
