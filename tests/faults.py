@@ -1,5 +1,7 @@
 """Ways to break a training process from inside: hooks for `launching.start_training`."""
 
+import errno
+import fcntl
 import os
 import resource
 import signal
@@ -16,6 +18,15 @@ from yolo import atomic, checkpoint, engine, run, tuning
 def impatient() -> None:
     """Do not wait for another training in the same folder to end."""
     run.LOCK_SECONDS = 0.1
+
+
+def no_locks() -> None:
+    """Train on a file system that knows no locks, as some network drives."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    fcntl.flock = refuse  # type: ignore[assignment]
 
 
 def after_step(step: int, act: Callable[[Any], None]) -> None:

@@ -318,6 +318,11 @@ def test_two_trainings_in_one_folder_are_refused(stopped: Trainer) -> None:
     assert stopped("--resume", "auto") == 0, stopped.output
 
 
+def test_a_disk_without_locks_is_trained_on(trainer: Trainer) -> None:
+    assert trainer(hook=faults.no_locks) == 0, trainer.output
+    assert trainer("--resume", "auto", hook=faults.no_locks) == 0 and "is at its end" in trainer.output
+
+
 def test_an_earlier_checkpoint_can_be_chosen(stopped: Trainer, uninterrupted: Trainer) -> None:
     assert stopped("--resume", str(stopped.checkpoints[0])) == 0, stopped.output
     assert "set aside" in stopped.output

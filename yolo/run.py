@@ -219,14 +219,15 @@ class Run:
         Raises:
             UserError: if one is at work there.
         """
-        lock = FileLock(self.folder.lock, is_singleton=True)
+        # not a soft lock, which would outlive a killed process and keep its own resume out
+        lock = FileLock(self.folder.lock, is_singleton=True, fallback_to_soft=False)
         try:
             lock.acquire(timeout=LOCK_SECONDS)
         except Timeout:
             raise UserError(
                 f"{self.folder.path}: another training is at work in this folder; name another --out-dir"
             ) from None
-        except NotImplementedError:  # a file system without locks
+        except OSError:  # a file system without locks; anything worse shows at the next write
             return
         self.lock = lock
 

@@ -107,21 +107,18 @@ def write_samples(folder: Path, loaded: LoadedWeights, config: Config, count: in
         UserError: if the test data that `config` names cannot be opened.
     """
     folder.mkdir(parents=True)
+    name = f"{config.dataset} {config.split}"  # without its folder: it may stand in public
     if config.task == "classification":
         images = open_images(config, config.split, loaded.class_names)
         samples = [_write_image(folder, images, i) for i in _spread(len(images), count)]
         mistakes = [_write_mistake(folder, images, *found) for found in find_mistakes(loaded, images)]
-        name = f"{config.dataset} {config.split}"  # the whole name tells the folder
         content = SampleSet(folder, loaded.class_names, name, len(images), tuple(samples), tuple(mistakes))
     else:
         with TemporaryDirectory() as scratch:
             scenes = _open_scenes(Path(scratch), config, loaded.class_names, count)
             samples = [_write_scene(folder, scenes, i) for i in _spread(len(scenes), count)]
-        name = (
-            "handwritten digits on photographs"
-            if config.dataset == "digits"
-            else f"{config.dataset} {config.split}"
-        )
+        if config.dataset == "digits":
+            name = "handwritten digits on photographs"
         content = SampleSet(folder, loaded.class_names, name, 0, tuple(samples))
     record = {key: value for key, value in asdict(content).items() if key != "folder"}
     (folder / INDEX_FILE).write_text(json.dumps(record, indent=1))
