@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.push and not args.build_space:
         raise UsageError("--push uploads the folder that --build-space DIR writes: give that as well")
 
-    from yolo import space
+    from yolo.app import space
 
     models = space.load_models(args.checkpoint or space.bundled(HOME / "weights"), args.model_url)
     data = {key: getattr(args, key) for key in ("data_root", "split") if getattr(args, key) is not None}
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with TemporaryDirectory(prefix="yolo-app-") as scratch:
         os.environ["GRADIO_TEMP_DIR"] = f"{scratch}/files"  # read when gradio is imported
-        from yolo.demo.page import build_page, serve
+        from yolo.app.page import build_page, serve
 
         samples = {
             task: space.find_samples(Path(scratch) / task, model, args.samples, data, brought)

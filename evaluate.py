@@ -22,8 +22,8 @@ from yolo.errors import UsageError
 if TYPE_CHECKING:
     import numpy as np
 
-    from yolo.checkpoint import LoadedWeights
     from yolo.metrics.matching import Detections, Objects
+    from yolo.runs.checkpoint import LoadedWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.detections is not None:
         return score_files(args)
 
-    from yolo.checkpoint import load_weights
+    from yolo.runs.checkpoint import load_weights
 
     loaded = load_weights(Path(args.checkpoint or ""))
     if args.export:
-        from yolo.export import export
+        from yolo.inference.export import export
 
         print(export(loaded, Path(args.export)))
         return 0
@@ -112,14 +112,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
     """Run the model over the test split; write and print everything that is known about it."""
-    from yolo import engine
-    from yolo.evaluation import on_mosaics
-    from yolo.inference import prepare
-    from yolo.loaders import make_test_loader
-    from yolo.metrics.interchange import write_detections
-    from yolo.processes import make_fabric, pick_precision
-    from yolo.provenance import hardware
-    from yolo.tasks import build_test
+    from yolo.engine import loop
+    from yolo.engine.fabric import make_fabric, pick_precision
+    from yolo.engine.loaders import make_test_loader
+    from yolo.inference.fast import prepare
+    from yolo.metrics.devkit import write_detections
+    from yolo.runs.provenance import hardware
+    from yolo.runs.results import on_mosaics
+    from yolo.tasks.build import build_test
 
     if loaded.task != "detection" and (args.mosaic or args.write_detections):
         raise UsageError(
@@ -134,7 +134,7 @@ def measure(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
     test = dataclasses.replace(test, metrics=lambda full: metrics)  # keeps the detections, not only their mAP
     loader = make_test_loader(fabric, cfg, test)
     model = prepare(loaded.model, fabric.device, fast=args.fast, compiled=args.compile)
-    results = engine.evaluate(fabric, model, test, loader, full=True)
+    results = loop.evaluate(fabric, model, test, loader, full=True)
     if not fabric.is_global_zero or results is None:
         return 0
     results |= {
@@ -164,7 +164,7 @@ def score_files(args: EvaluateArgs) -> int:
     """Score the devkit files of any detector against a data set."""
     from yolo.data.sources import named_classes, open_dataset
     from yolo.metrics.average_precision import load_objects
-    from yolo.metrics.interchange import read_detections
+    from yolo.metrics.devkit import read_detections
 
     cfg = args.over(Config(dataset="voc", classes=args.classes))
     dataset = open_dataset(cfg, cfg.split, named_classes(cfg))
@@ -183,10 +183,10 @@ def report(
     **pictures: "np.ndarray",
 ) -> None:
     """Complete the results by what the detections tell, write them with all pictures, print the table."""
-    from yolo.error_grids import error_grids
-    from yolo.evaluation import table, write_evaluation
     from yolo.metrics.report import detection_report
-    from yolo.provenance import provenance
+    from yolo.runs.provenance import provenance
+    from yolo.runs.results import table, write_evaluation
+    from yolo.viz.error_grids import error_grids
 
     if detections is not None and objects is not None:
         results |= detection_report(detections, objects, dataset.class_names, args.matching)
@@ -203,12 +203,12 @@ def report(
 
 def predict_pictures(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
     """Let the model answer about pictures; return 1 if some could not be read."""
-    from yolo import engine
-    from yolo.data.pictures import list_pictures
-    from yolo.inference import prepare
+    from yolo.data.images import list_pictures
+    from yolo.engine import loop
+    from yolo.engine.fabric import make_fabric
+    from yolo.inference.fast import prepare
+    from yolo.inference.predict import Predictor, predict_files, write_predictions
     from yolo.metrics.report import SHOWN_SCORE
-    from yolo.prediction import Predictor, predict_files, write_predictions
-    from yolo.processes import make_fabric
 
     paths = list_pictures(args.images or "")
     cfg = dataclasses.replace(args.over(loaded.config), devices=1, num_nodes=1)  # they write the same files
@@ -219,7 +219,7 @@ def predict_pictures(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
     threshold = SHOWN_SCORE if args.score_threshold is None else args.score_threshold
     predictor = Predictor(
         dataclasses.replace(loaded, config=cfg),
-        lambda images: engine.predict(fabric, model, images),
+        lambda images: loop.predict(fabric, model, images),
         threshold,
     )
     folder = output_folder(args, "predictions")

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from yolo import cli
-from yolo.atomic import replacing
 from yolo.config import Floats
 from yolo.errors import UsageError, UserError
+from yolo.files import replacing
 
 if TYPE_CHECKING:
-    from yolo.checkpoint import LoadedWeights
-    from yolo.logbook import Progress
-    from yolo.panels import Question
+    from yolo.explain.panels import Question
+    from yolo.runs.checkpoint import LoadedWeights
+    from yolo.runs.logbook import Progress
 
 BUNDLED = Path(__file__).parent / "weights" / "voc_small_yolov3.safetensors"
 
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from yolo.checkpoint import load_weights
+    from yolo.runs.checkpoint import load_weights
 
     if args.accelerator == "cuda" and not torch.cuda.is_available():
         raise UsageError("--accelerator cuda: no CUDA device is visible to torch")
@@ -105,10 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def explain_pictures(args: GradcamArgs, loaded: "LoadedWeights") -> int:
     """Write one PNG per picture; a picture that fails costs a line, not the others."""
-    from yolo import panels
     from yolo.data.dataset import read_rgb
-    from yolo.data.pictures import list_pictures
-    from yolo.tasks import by_task
+    from yolo.data.images import list_pictures
+    from yolo.explain import panels
+    from yolo.tasks.build import by_task
 
     question = make_question(args, loaded)
     make_panels = by_task(
@@ -139,7 +139,7 @@ def make_question(args: GradcamArgs, loaded: "LoadedWeights") -> "Question":
     Raises:
         UsageError: if the model does not know the class.
     """
-    from yolo.panels import Question
+    from yolo.explain.panels import Question
 
     if args.class_name is not None and args.class_name not in loaded.class_names:
         known = ", ".join(loaded.class_names)
@@ -158,8 +158,8 @@ def make_question(args: GradcamArgs, loaded: "LoadedWeights") -> "Question":
 
 def asked_methods(args: GradcamArgs, loaded: "LoadedWeights") -> tuple[str, ...]:
     """Return the names in `--method`, or the default of the task."""
-    from yolo.explain import CLASSIFIER_METHOD, DETECTOR_METHOD
-    from yolo.tasks import by_task
+    from yolo.explain.cam import CLASSIFIER_METHOD, DETECTOR_METHOD
+    from yolo.tasks.build import by_task
 
     default = by_task(loaded.task, detection=DETECTOR_METHOD, classification=CLASSIFIER_METHOD)
     return tuple((args.method or default).split(","))
@@ -184,12 +184,12 @@ def output_paths(output: str | None, pictures: Sequence[Path]) -> list[Path]:
 
 def evaluate(args: GradcamArgs, loaded: "LoadedWeights") -> int:
     """Measure the maps of the methods, EigenCAM's and random ones: a table and explanations.json."""
-    from yolo import faithfulness
-    from yolo.logbook import Progress
+    from yolo.explain import faithfulness
     from yolo.models.resnet import ResNet
     from yolo.models.yolov3 import YoloV3
-    from yolo.provenance import hardware, provenance
-    from yolo.tasks import build_test
+    from yolo.runs.logbook import Progress
+    from yolo.runs.provenance import hardware, provenance
+    from yolo.tasks.build import build_test
 
     given = {name: getattr(args, name) for name in ("data_root", "split") if getattr(args, name)}
     test = build_test(dataclasses.replace(loaded.config, **given), loaded.class_names, loaded.anchors)

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING
 from yolo import cli
 from yolo.config import Config, parse_seconds
 from yolo.errors import UsageError
-from yolo.run_folder import RunFolder, find_run_folder, stored_config
+from yolo.runs.folder import RunFolder, find_run_folder, stored_config
 
 if TYPE_CHECKING:
     from yolo.data.samplers import MultiSizeBatchSampler
-    from yolo.processes import Fabric
-    from yolo.run import Run
-    from yolo.state import State
-    from yolo.stopping import StopRequest
-    from yolo.tasks import Task
+    from yolo.engine.fabric import Fabric
+    from yolo.engine.state import State
+    from yolo.engine.stopping import StopRequest
+    from yolo.runs.run import Run
+    from yolo.tasks.build import Task
 
 DEFAULT_CONFIG = "configs/digits.yaml"
 
@@ -69,15 +69,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError(f"--plan-only would replace the schedule of {folder.path}: name another --out-dir")
 
     # torch takes seconds to import: not before the arguments are known to be right
-    from yolo import engine, loaders, processes, tuning
-    from yolo.checkpoint import find_newest
-    from yolo.doctor import check_data
-    from yolo.mirror import Mirror
-    from yolo.pretrained import init_weights
-    from yolo.run import Run
-    from yolo.state import make_state
-    from yolo.stopping import StopRequest
-    from yolo.tasks import build_task
+    from yolo.check_data import check_data
+    from yolo.engine import fabric as processes
+    from yolo.engine import loaders, loop, tuning
+    from yolo.engine.state import make_state
+    from yolo.engine.stopping import StopRequest
+    from yolo.runs.checkpoint import find_newest
+    from yolo.runs.mirror import Mirror
+    from yolo.runs.pretrained import init_weights
+    from yolo.runs.run import Run
+    from yolo.tasks.build import build_task
 
     stop = StopRequest(max_seconds)
     fabric, scaler = processes.make_fabric(cfg)
@@ -105,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = Run(
         folder,
         task,
-        engine.plan(fabric, cfg, task, sampler),
+        loop.plan(fabric, cfg, task, sampler),
         state,
         writes=fabric.is_global_zero,
         say=fabric.print,
@@ -125,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         state.evaluation_due = True  # the last test was cut off before its results were written
     run.start()
-    fabric.print(engine.introduction(fabric, cfg, task, run))
+    fabric.print(loop.introduction(fabric, cfg, task, run))
     return train(fabric, state, task, sampler, stop, run)
 
 
@@ -134,7 +135,7 @@ def locate_run(words: Sequence[str], config_name: str) -> tuple[RunFolder, Path 
     out_dir, resume = cli.value_of("--out-dir", words), cli.value_of("--resume", words)
     mirror_url = cli.value_of("--mirror", words)
     if resume == "auto" and mirror_url:
-        from yolo.mirror import bring_back
+        from yolo.runs.mirror import bring_back
 
         bring_back(mirror_url, config_name, out_dir)
     return find_run_folder(config_name, out_dir, resume)
@@ -149,18 +150,19 @@ def train(
     run: "Run",
 ) -> int:
     """Train, test and save, epoch after epoch, until the end or a request to stop; return the exit code."""
-    from yolo import engine, loaders, processes
-    from yolo.stopping import EXIT_CODES
+    from yolo.engine import fabric as processes
+    from yolo.engine import loaders, loop
+    from yolo.engine.stopping import EXIT_CODES
 
     train_loader = loaders.make_train_loader(fabric, task.config, task, sampler)
     test_loader = loaders.make_test_loader(fabric, task.config, task.test)
     results = None
     while results is None or state.step < run.end:
         if not state.evaluation_due and state.step < run.end:
-            engine.train_one_epoch(fabric, state, task, train_loader, stop, run)
+            loop.train_one_epoch(fabric, state, task, train_loader, stop, run)
         reason = processes.agreed_reason(fabric, stop)
         if reason is None:
-            results = engine.evaluate_if_due(fabric, state, task, test_loader, stop, run)
+            results = loop.evaluate_if_due(fabric, state, task, test_loader, stop, run)
             reason = processes.agreed_reason(fabric, stop)
         run.save()
         if reason is not None:

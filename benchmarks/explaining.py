@@ -8,7 +8,7 @@ import torch
 from pytorch_grad_cam import GradCAM
 from torch import Tensor, nn
 
-from yolo import explain
+from yolo.explain import cam
 from yolo.models.yolov3 import STRIDES, YoloV3
 
 CLASSES = 20
@@ -18,20 +18,20 @@ def lines(width: float, size: int, boxes: int, repeats: int) -> Iterator[str]:
     """Yield a table: one forward with `boxes` explained boxes, spread over the three scales."""
     model = YoloV3(CLASSES, width).eval().to(memory_format=torch.channels_last)
     image = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    cells = [explain.Cell(i % 3, 0, *[size // STRIDES[i % 3] // 2] * 2) for i in range(boxes)]
+    cells = [cam.Cell(i % 3, 0, *[size // STRIDES[i % 3] // 2] * 2) for i in range(boxes)]
 
     def answer(method: str, layer: str = "auto") -> None:
-        trace = explain.trace_detector(model, image, size)
-        explain.explain_cells(trace, cells, [0] * boxes, method, "class", layer)
+        trace = cam.trace_detector(model, image, size)
+        cam.explain_cells(trace, cells, [0] * boxes, method, "class", layer)
 
     threads = torch.get_num_threads()
     yield f"{threads} threads, {size} pixels, width {width:g}, {boxes} boxes; median of {repeats}"
-    yield f"{_seconds(lambda: explain.trace_detector(model, image, size), repeats):8.2f} s  the forward alone"
-    for method in explain.METHODS:
+    yield f"{_seconds(lambda: cam.trace_detector(model, image, size), repeats):8.2f} s  the forward alone"
+    for method in cam.METHODS:
         yield f"{_seconds(lambda m=method: answer(m), repeats):8.2f} s  forward and boxes, {method}"  # type: ignore
     yield f"{_seconds(lambda: answer('gradcam', 'fused'), repeats):8.2f} s  the same with fused layers"
     whole = WholeModel(model)
-    once = _seconds(lambda: whole.explain(explain.to_canvas(image, size) / 255), repeats)
+    once = _seconds(lambda: whole.explain(cam.to_canvas(image, size) / 255), repeats)
     yield f"{once * boxes:8.2f} s  the library on the whole model: {boxes} calls of {once:.2f} s"
 
 

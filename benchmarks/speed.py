@@ -23,19 +23,19 @@ from scoring import random_scenes
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from yolo import engine
-from yolo.checkpoint import LoadedWeights
 from yolo.config import COCO_ANCHORS, Config, HardwareConfig
-from yolo.explain import explain_detections, trace_detector
-from yolo.export import export_onnx
-from yolo.inference import cpu_computes_bf16, make_fast, prepare
-from yolo.loss import YoloLoss, assign_targets, count_targets
+from yolo.engine import loop
+from yolo.engine.fabric import make_fabric
+from yolo.engine.state import make_state
+from yolo.explain.cam import explain_detections, trace_detector
+from yolo.inference.export import export_onnx
+from yolo.inference.fast import cpu_computes_bf16, make_fast, prepare
+from yolo.losses import YoloLoss, assign_targets, count_targets
 from yolo.metrics.average_precision import average_precision
 from yolo.models.yolov3 import YoloV3, make_anchors, postprocess
-from yolo.processes import make_fabric
-from yolo.provenance import hardware
-from yolo.state import make_state
-from yolo.tasks import Task
+from yolo.runs.checkpoint import LoadedWeights
+from yolo.runs.provenance import hardware
+from yolo.tasks.build import Task
 
 NUM_CLASSES = 20
 BOXES_PER_IMAGE = 8
@@ -220,7 +220,7 @@ def _training_step(width: float, size: int, batch: int, precision: str, compiled
     if compiled:
         state.model = torch.compile(state.model, dynamic=False)
     micro_batches = [make_batch(batch, size)]
-    return lambda: engine.train_step(fabric, state, task, micro_batches, lr=1e-5, beta1=0.9)
+    return lambda: loop.train_step(fabric, state, task, micro_batches, lr=1e-5, beta1=0.9)
 
 
 def loss_row(width: float, size: int, batch: int, step_seconds: float) -> Row:

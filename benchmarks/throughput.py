@@ -59,8 +59,8 @@ def _train_batches(dataset: object, args: Config, workers: int) -> Iterator[int]
     import cv2
     from torch.utils.data import DataLoader
 
-    from yolo.data.collate import MosaicCollate, TrainSamples, init_worker
     from yolo.data.samplers import MultiSizeBatchSampler
+    from yolo.data.samples import MosaicCollate, TrainSamples, init_worker
 
     cv2.setNumThreads(0)
     sampler = MultiSizeBatchSampler(len(dataset), args.batch_size, args.img_sizes, args.seed)  # type: ignore
@@ -112,7 +112,7 @@ def bench_network(part: str, words: Sequence[str]) -> None:
     args = cli.parse(NetworkArgs, words, "What the network costs beside the physical limit.")
     import speed
 
-    from yolo import processes
+    from yolo.engine import fabric as processes
 
     if args.cpu_time:
         speed.use_cpu_time()

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-from yolo import atomic, checkpoint, engine, run, tuning
+from yolo import files
+from yolo.engine import loop, tuning
+from yolo.runs import checkpoint, run
 
 
 def impatient() -> None:
@@ -31,14 +33,14 @@ def no_locks() -> None:
 
 def after_step(step: int, act: Callable[[Any], None]) -> None:
     """Call `act(state)` as soon as optimizer step number `step` is done."""
-    train_step = engine.train_step
+    train_step = loop.train_step
 
     def train_step_then_act(fabric: Any, state: Any, *rest: Any, **options: Any) -> None:
         train_step(fabric, state, *rest, **options)
         if state.step == step:
             act(state)
 
-    engine.train_step = train_step_then_act  # type: ignore[assignment]
+    loop.train_step = train_step_then_act  # type: ignore[assignment]
 
 
 def kill_after_step(step: int) -> None:
@@ -65,13 +67,13 @@ def signal_group_after_step(step: int, number: int) -> None:
 
 def slow_steps(seconds: float) -> None:
     """Let each optimizer step take longer."""
-    train_step = engine.train_step
+    train_step = loop.train_step
 
     def slow_train_step(*arguments: Any, **options: Any) -> None:
         time.sleep(seconds)
         train_step(*arguments, **options)
 
-    engine.train_step = slow_train_step  # type: ignore[assignment]
+    loop.train_step = slow_train_step  # type: ignore[assignment]
 
 
 def poison_after_step(step: int) -> None:
@@ -87,7 +89,7 @@ def poison_after_step(step: int) -> None:
 def kill_in_save(moment: str, step: int) -> None:
     """Die inside the save of a step: at half the `write`, before `fsync`, before `rename`, or when `done`."""
     suffix = f"step{step:06d}"
-    torch_save, flush, replace = torch.save, atomic.flush_to_disk, os.replace
+    torch_save, flush, replace = torch.save, files.flush_to_disk, os.replace
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -114,8 +116,8 @@ def kill_in_save(moment: str, step: int) -> None:
     if moment == "write":
         checkpoint.torch.save = half_save  # type: ignore[assignment]
     if moment == "fsync":
-        atomic.flush_to_disk = flush_or_die
-    atomic.os.replace = replace_or_die  # type: ignore[assignment]
+        files.flush_to_disk = flush_or_die
+    files.os.replace = replace_or_die  # type: ignore[assignment]
 
 
 def limit_file_size(num_bytes: int) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-PRELOAD = ["train", "yolo.tuning", "yolo.pretrained", "torch.utils.tensorboard"]
+PRELOAD = ["train", "yolo.engine.tuning", "yolo.runs.pretrained", "torch.utils.tensorboard"]
 
 
 def start_training(
@@ -81,8 +81,8 @@ def _run(target: Callable[[], None], log: str, env: dict[str, str]) -> None:
 
 def _train(argv: list[str], hook: Callable[[], None] | None) -> None:
     import train as script
-    from yolo import run
     from yolo.cli import run as run_script
+    from yolo.runs import run
 
     run.plot_curves = lambda *arguments: None  # a second each, and not what is tested here
     if "--plan-only" not in argv:

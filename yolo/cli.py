@@ -16,7 +16,7 @@ import tyro
 import yaml
 
 from yolo.errors import UsageError, UserError
-from yolo.text import read_text
+from yolo.files import read_text
 
 Args = TypeVar("Args")
 # Not stored with a run: in a file they would hold for its first start and be forgotten by its resume.

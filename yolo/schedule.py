@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from yolo.atomic import replacing
 from yolo.config import ScheduleConfig
 from yolo.errors import UserError
+from yolo.files import replacing
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from yolo.boxes import shape_iou
 from yolo.config import ANCHOR_REFERENCE_SIZE, COCO_ANCHORS, Config
-from yolo.data.collate import TrainSamples
 from yolo.data.dataset import DetectionDataset
 from yolo.data.mosaic import place_boxes
 from yolo.data.samplers import SampleKey
+from yolo.data.samples import TrainSamples
 from yolo.data.transforms import cut_threshold
 from yolo.errors import UserError
 

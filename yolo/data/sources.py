@@ -10,7 +10,7 @@ from yolo.data.dataset import DetectionDataset, drop_unreadable
 from yolo.data.digits import CLASS_NAMES, ensure_digits
 from yolo.data.download import ensure_voc
 from yolo.data.voc import VOC_CLASSES, read_voc
-from yolo.data.yolo_format import read_csv_layout, read_yolo_folder
+from yolo.data.yolo import read_csv_layout, read_yolo_folder
 from yolo.errors import UsageError
 
 

@@ -15,7 +15,7 @@ from defusedxml.ElementTree import parse
 
 from yolo.data.dataset import DetectionDataset, RawImage, RawObject, assemble, find_image, header_size
 from yolo.errors import UserError
-from yolo.text import read_text
+from yolo.files import read_text
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",

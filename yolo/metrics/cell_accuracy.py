@@ -17,7 +17,7 @@ THRESHOLDS = np.concatenate([np.arange(1, 50) / 1000, np.arange(5, 100) / 100]) 
 
 
 class AssignedScale(Protocol):
-    """The parts of `yolo.loss.ScaleTargets` that are counted here."""
+    """The parts of `yolo.losses.ScaleTargets` that are counted here."""
 
     @property
     def cells(self) -> Tensor:

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from yolo.atomic import replacing
 from yolo.errors import UserError
+from yolo.files import replacing
 from yolo.models.darknet import ConvBnAct
 from yolo.models.yolov3 import ANCHORS_PER_SCALE, YoloV3
 

@@ -1,0 +1,378 @@
+import csv
+import io
+import json
+import struct
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image
+
+import app
+from yolo.app import space
+from yolo.app.about import classes_html, model_card, model_name, results_markdown
+from yolo.app.detector import (
+    Detector,
+    Finding,
+    MapSettings,
+    Thresholds,
+    View,
+    at_point,
+    draw_findings,
+    draw_map,
+    to_csv,
+    to_json,
+)
+from yolo.app.samples import read_samples, write_samples
+from yolo.app.uploads import LONGEST_SIDE, Picture, read_picture
+from yolo.config import Config, anchor_sizes
+from yolo.data.dataset import Annotation
+from yolo.data.digits import write_digits
+from yolo.data.voc import VOC_CLASSES
+from yolo.errors import UsageError, UserError
+from yolo.explain.cam import METHODS
+from yolo.models.resnet import ResNet
+from yolo.models.yolov3 import YoloV3, make_anchors
+from yolo.runs.checkpoint import LoadedWeights, save_weights
+
+DIGITS = tuple("0123456789")
+LOW, HIGH = Thresholds(0.3, 0.45), Thresholds(0.999, 0.45)
+
+
+def lively_detector(width: float = 0.125) -> LoadedWeights:
+    """An untrained detector whose raw outputs are spread like those of a trained one: it finds things."""
+    torch.manual_seed(0)
+    config = Config(width=width, img_sizes=(128,), test_size=128)
+    model = YoloV3(len(DIGITS), width).eval()
+    spread = torch.tensor([0.5] * 4 + [1.5] + [3.0] * len(DIGITS))  # of tx ty tw th, objectness, classes
+    with torch.no_grad():
+        outputs = model(torch.rand(4, 3, 128, 128))
+        for head, output in zip(model.heads, outputs, strict=True):
+            factor = spread / output.std((0, 2, 3))  # [A, 5 + C]
+            head[-1].weight *= factor.view(-1, 1, 1, 1)
+            head[-1].bias.copy_(((head[-1].bias.view(3, -1) - output.mean((0, 2, 3))) * factor).view(-1))
+            head[-1].bias.view(3, -1)[:, 4] -= 2  # most cells hold nothing
+    anchors = make_anchors(anchor_sizes(config.anchors), config.resolved_test_size)
+    return LoadedWeights(model, config, DIGITS, anchors, {}, "0" * 16, Path("detector.safetensors"))
+
+
+def random_classifier() -> LoadedWeights:
+    torch.manual_seed(0)
+    config = Config(task="classification", dataset="digits", width=0.125, img_sizes=(32,))
+    model = ResNet(len(DIGITS), config.width).eval()
+    return LoadedWeights(model, config, DIGITS, None, {}, "0" * 16, Path("classifier.safetensors"))
+
+
+def save(loaded: LoadedWeights, folder: Path) -> Path:
+    path = folder / loaded.path
+    save_weights(path, loaded.model, loaded.config, loaded.class_names, loaded.anchors, loaded.results)
+    return path
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    return Detector(lively_detector())
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (96, 160, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def view(detector: Detector, pixels: np.ndarray) -> View:
+    return detector.look(Picture(pixels, 96, 160))
+
+
+def quarters(mode: str = "RGB") -> Image.Image:
+    """Red, green, blue and white quarters: 60 wide, 40 high."""
+    image = np.zeros((40, 60, 3), np.uint8)
+    image[:20, :30, 0] = image[:20, 30:, 1] = image[20:, :30, 2] = 255
+    image[20:, 30:] = 255
+    return Image.fromarray(image).convert(mode)
+
+
+def bomb() -> bytes:
+    """A valid PNG header of 50,000 x 50,000 pixels, and next to nothing behind it."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data))
+            + kind
+            + data
+            + struct.pack(">I", zlib.crc32(kind + data) & 0xFFFFFFFF)
+        )
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [
+        ("RGB", "png"),
+        ("CMYK", "jpg"),
+        ("P", "png"),
+        ("P", "gif"),
+        ("RGBA", "webp"),
+        ("RGB", "bmp"),
+        ("CMYK", "tif"),
+    ],
+)
+def test_pictures_of_every_kind_become_rgb(tmp_path: Path, mode: str, suffix: str):
+    path = tmp_path / f"picture.{suffix}"
+    quarters(mode).save(path)
+    picture = read_picture(path)
+    assert picture.pixels.shape == (40, 60, 3) and picture.pixels.dtype == np.uint8
+    assert (picture.height, picture.width, picture.scale) == (40, 60, 1)
+    corners = picture.pixels[[5, 5, 35, 35], [5, 55, 5, 55]].astype(int)
+    expected = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]
+    assert np.abs(corners - expected).max() < 30  # JPEG and WebP lose a little
+
+
+def test_16_bits_keep_their_shades(tmp_path: Path):
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, axis=0)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    shades = read_picture(tmp_path / "ramp.png").pixels[0, :, 0].astype(int)
+    assert np.abs(shades - np.arange(256)).max() <= 1
+
+
+def test_the_first_frame_of_an_animation_counts(tmp_path: Path):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert tuple(read_picture(tmp_path / "a.gif").pixels[0, 0]) == (255, 0, 0)
+
+
+def test_the_exif_tag_turns_the_picture(tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned to the right by a quarter
+    quarters().save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    picture = read_picture(tmp_path / "turned.jpg")
+    assert picture.pixels.shape[:2] == (picture.height, picture.width) == (60, 40)
+    assert picture.pixels[5, 5, 2] > 200  # blue: what was at the lower left
+
+
+def test_transparency_becomes_white(tmp_path: Path):
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "glass.png")
+    assert (read_picture(tmp_path / "glass.png").pixels == 255).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3000, 1), (1, 3000)])
+def test_odd_shapes_go_through_the_whole_app(tmp_path: Path, detector: Detector, size: tuple[int, int]):
+    Image.new("RGB", size).save(tmp_path / "odd.png")
+    view = detector.look(read_picture(tmp_path / "odd.png"))
+    findings = detector.findings(view, HIGH)
+    explanation = detector.explain(view, findings[0], MapSettings())
+    assert draw_map(view, findings[0], explanation, 0.5).shape == view.shown.shape
+
+
+def test_large_pictures_are_kept_small_and_boxes_refer_to_the_original(tmp_path: Path, detector: Detector):
+    quarters().resize((6000, 4000)).save(tmp_path / "large.jpg")
+    picture = read_picture(tmp_path / "large.jpg")
+    assert max(picture.pixels.shape) <= LONGEST_SIDE
+    assert (picture.height, picture.width) == (4000, 6000)
+    view = detector.look(picture)
+    findings = detector.findings(view, LOW)
+    boxes = [found["box"] for found in json.loads(to_json(view, findings, DIGITS, LOW))["detections"]]
+    expected = [finding.box * 6000 / picture.pixels.shape[1] for finding in findings]
+    assert boxes and np.abs(np.array(boxes) - expected).max() < 0.1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"my secret diary",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",  # Pillow would start Ghostscript
+        b"\x89PNG\r\n\x1a\n" + b"\0" * 64,
+        bomb(),
+    ],
+)
+def test_what_is_no_picture_is_refused_without_repeating_it(tmp_path: Path, content: bytes):
+    path = tmp_path / "secret name.png"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        read_picture(path)
+    assert "secret" not in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_truncated_photo_is_refused(tmp_path: Path):
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "whole.jpg")
+    (tmp_path / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:9000])
+    with pytest.raises(UserError, match="damaged"):
+        read_picture(tmp_path / "half.jpg")
+
+
+def test_a_decompression_bomb_is_refused_by_its_header(tmp_path: Path):
+    (tmp_path / "bomb.png").write_bytes(bomb())
+    with pytest.raises(UserError, match="million pixels"):
+        read_picture(tmp_path / "bomb.png")
+
+
+def test_the_network_runs_once_per_picture(
+    detector: Detector, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
+):
+    calls = []
+    forward = YoloV3.trace
+    monkeypatch.setattr(YoloV3, "trace", lambda *args: calls.append(1) or forward(*args))
+    view = detector.look(Picture(pixels, 96, 160))
+    for thresholds in (LOW, HIGH, Thresholds(0.5, 0.2)):
+        findings = detector.findings(view, thresholds)
+        detector.explain(view, findings[0], MapSettings())
+    assert len(calls) == 1
+
+
+def test_a_higher_threshold_leaves_the_more_confident_ones(detector: Detector, view: View):
+    low, high = (detector.findings(view, Thresholds(score, 0.45)) for score in (0.3, 0.5))
+    assert 0 < len(high) < len(low)
+    assert [f.score for f in low] == sorted((f.score for f in low), reverse=True)
+    assert [f.key for f in high] == [f.key for f in low if f.score >= 0.5]
+
+
+def test_nothing_found_leaves_the_whole_picture(detector: Detector, view: View):
+    [finding] = detector.findings(view, HIGH)
+    assert finding.kind == "picture" and finding.box is None
+    assert detector.explain(view, finding, MapSettings()).heat.shape == (96, 160)
+
+
+def test_annotated_objects_that_nothing_found_are_missed(detector: Detector, pixels: np.ndarray, view: View):
+    found = detector.findings(view, LOW)[0]
+    boxes = np.array([found.box, [1, 1, 4, 4], [5, 5, 9, 9]], np.float32)
+    labels = np.array([found.label, 3, 4])
+    note = Annotation(boxes, labels, np.array([False, False, True]), 96, 160)
+    findings = detector.findings(detector.look(Picture(pixels, 96, 160), note), LOW)
+    assert [(f.label, f.place) for f in findings if f.kind == "missed"] == [
+        (3, 1)
+    ]  # the difficult one is not
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_finding_can_be_explained_at_all_its_layers(detector: Detector, view: View, method: str):
+    missed = Finding("missed", 0, 2, None, np.array([3, 5, 60, 70], np.float32))
+    for finding in (detector.findings(view, LOW)[0], missed, detector.findings(view, HIGH)[0]):
+        for layer in detector.layers(view, finding):
+            explanation = detector.explain(view, finding, MapSettings(method, "score", layer))
+            assert explanation.heat.shape == (96, 160)
+
+
+def test_a_click_chooses_the_smallest_box_around_it():
+    large, small = (
+        Finding("found", i, 0, 0.5, np.array(box, np.float32))
+        for i, box in enumerate([[0, 0, 90, 90], [40, 40, 60, 60]])
+    )
+    assert at_point([large, small], 50, 50) is small
+    assert at_point([large, small], 10, 10) is large
+    assert at_point([large, small], 95, 10) is None
+
+
+def test_drawings_leave_the_picture_as_it_was(detector: Detector, view: View):
+    before = view.shown.copy()
+    findings = detector.findings(view, LOW)
+    drawn = draw_findings(view, findings, DIGITS, findings[0])
+    draw_map(view, findings[0], detector.explain(view, findings[0], MapSettings()), 0.6)
+    assert drawn.shape == before.shape and (drawn != before).any()
+    assert (view.shown == before).all()
+
+
+def test_csv_and_json_agree(detector: Detector, view: View):
+    findings = detector.findings(view, LOW)
+    rows = list(csv.DictReader(io.StringIO(to_csv(view, findings, ("a,b", *DIGITS[1:])))))
+    records = json.loads(to_json(view, findings, ("a,b", *DIGITS[1:]), LOW))["detections"]
+    assert len(rows) == len(records) == len(findings)
+    for row, record in zip(rows, records, strict=True):
+        assert (row["status"], row["class"], float(row["score"])) == (
+            "found",
+            record["class"],
+            record["score"],
+        )
+        assert [float(row[side]) for side in ("left", "top", "right", "bottom")] == record["box"]
+
+
+def test_samples_carry_their_annotations(tmp_path: Path):
+    loaded = lively_detector()
+    samples = write_samples(tmp_path / "samples", loaded, loaded.config, 3)
+    assert read_samples(tmp_path / "samples") == samples
+    assert len(samples.samples) == 3
+    for sample in samples.samples:
+        picture = read_picture(samples.folder / sample.file)
+        assert (picture.height, picture.width) == (sample.height, sample.width)
+        assert len(sample.annotation.boxes) == len(sample.annotation.labels) > 0
+        assert (samples.folder / sample.thumbnail).exists()
+
+
+def test_samples_stand_as_their_boxes_and_do_not_tell_where_they_were_taken(tmp_path: Path):
+    write_digits(tmp_path / "data", num_scenes={"test": 1})
+    (path,) = (tmp_path / "data" / "JPEGImages").iterdir()
+    with Image.open(path) as picture:
+        exif = picture.getexif()
+        exif[ExifTags.Base.Orientation] = 6
+        picture.save(path, exif=exif)
+    loaded = lively_detector()
+    config = replace(loaded.config, dataset="voc", data_root=str(tmp_path / "data"), split="test")
+    samples = write_samples(tmp_path / "samples", loaded, config, 1)
+    (sample,) = samples.samples
+    with Image.open(samples.folder / sample.file) as picture:
+        assert not picture.getexif() and picture.size == (sample.width, sample.height)
+
+
+def test_mistakes_are_wrong_and_the_most_confident_first(tmp_path: Path):
+    loaded = random_classifier()
+    samples = write_samples(tmp_path / "samples", loaded, loaded.config, 2)
+    confidence = [mistake.confidence for mistake in samples.mistakes]
+    assert confidence == sorted(confidence, reverse=True) and confidence
+    assert all(mistake.label != mistake.predicted for mistake in samples.mistakes)
+    assert samples.data == "digits test", "it may stand in public: no path of this machine"
+
+
+def test_results_stand_beside_what_they_belong_to():
+    results = {"map_50": 0.81234, "data": "digits test", "loader": "single images", "weights": "ema"}
+    text = results_markdown(
+        replace(lively_detector(), results=results | {"thresholds": {"score_threshold": 0.01}})
+    )
+    for expected in ("0.812", "digits test", "single images", "score threshold: 0.01", "EMA"):
+        assert expected in text
+    assert "No results" in results_markdown(lively_detector())
+
+
+def test_class_names_cannot_inject_markup():
+    assert "<script>" not in classes_html(["<script>alert(1)</script>"])
+
+
+def test_the_card_names_the_origin_of_the_photographs_and_the_model_page():
+    card = model_card(lively_detector(), None, "https://huggingface.co/owner/name")
+    assert "CC BY" in card and "https://huggingface.co/owner/name" in card
+
+
+def test_other_data_in_the_layout_of_voc_is_not_called_pascal_voc():
+    loaded = lively_detector()
+    cells = replace(loaded, config=replace(loaded.config, dataset="voc"))
+    assert "own" in model_name(cells) and "Flickr" not in model_card(cells, None, None)
+    voc = replace(cells, class_names=VOC_CLASSES)
+    assert "PASCAL VOC" in model_name(voc) and "Flickr" in model_card(voc, None, None)
+
+
+@pytest.mark.parametrize(
+    ("argv", "problem"),
+    [
+        (["--push", "owner/name"], "--build-space"),
+        (["--checkpoint", "hf://owner"], "hf://owner/name"),
+    ],
+)
+def test_wrong_flags_are_explained(argv: list[str], problem: str):
+    with pytest.raises(UsageError, match=problem):
+        app.main(argv)
+
+
+def test_two_models_of_one_task_are_refused(tmp_path: Path):
+    path = str(save(lively_detector(), tmp_path))
+    with pytest.raises(UsageError, match="one of each task"):
+        space.load_models([path, path], None)
+
+
+def test_shown_detections_are_bounded(detector: Detector, view: View):
+    assert len(detector.findings(view, Thresholds(0.0001, 1.0))) == detector.MAX_DETECTIONS

@@ -1,0 +1,159 @@
+"""YOLO folders and the CSV copy of VOC."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from yolo.config import Config
+from yolo.data.sources import open_dataset, open_datasets
+from yolo.data.voc import VOC_CLASSES
+from yolo.data.yolo import read_csv_layout, read_yolo_folder
+from yolo.errors import UsageError, UserError
+
+
+def write_pair(image: Path, labels: Path, text: str | None, size: tuple[int, int] = (40, 80)) -> None:
+    image.parent.mkdir(parents=True, exist_ok=True)
+    labels.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(image), np.full((*size, 3), 90, np.uint8))
+    if text is not None:
+        labels.write_text(text)
+
+
+@pytest.fixture
+def kaggle(tmp_path: Path) -> Path:
+    texts = {"000007": "6 0.5 0.5 0.25 0.5\n", "000009": "14 0.2 0.5 0.4 1\n11 0.9 0.9 0.2 0.2\n"}
+    for name, text in texts.items():
+        write_pair(tmp_path / "images" / f"{name}.jpg", tmp_path / "labels" / f"{name}.txt", text)
+    (tmp_path / "train.csv").write_text("img,label\n000007.jpg,000007.txt\n000009.jpg,000009.txt\n")
+    (tmp_path / "test.csv").write_text("000009.jpg,000009.txt\n")
+    return tmp_path
+
+
+@pytest.fixture(params=["images/train", "train/images"])
+def folder(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    for split in ("train", "test"):
+        images = tmp_path / request.param.replace("train", split)
+        labels = tmp_path / request.param.replace("train", split).replace("images", "labels")
+        write_pair(images / "a.png", labels / "a.txt", "1 0.5 0.5 0.25 0.5")
+        write_pair(images / "b.jpg", labels / "b.txt", None)
+    (tmp_path / "data.yaml").write_text("names: [cup, spoon]\n")
+    return tmp_path
+
+
+def test_the_csv_layout_reads_its_pairs_with_or_without_a_header(kaggle: Path):
+    cfg = Config(dataset="csv", data_root=str(kaggle), classes="voc")
+    train_set, test_set = open_datasets(cfg)
+    assert (len(train_set), len(test_set)) == (2, 1)
+    assert train_set.class_names == VOC_CLASSES
+    note = train_set.annotation(0)
+    np.testing.assert_allclose(note.boxes, [[30, 10, 50, 30]])
+    assert VOC_CLASSES[note.labels[0]] == "car"
+    assert train_set.annotation(1).labels.tolist() == [14, 11]
+
+
+def test_class_numbers_without_names_are_an_error_that_says_how_to_name_them(kaggle: Path):
+    with pytest.raises(UserError, match=r"classes\.txt.*--classes voc"):
+        read_csv_layout(kaggle, "train", None)
+    (kaggle / "classes.txt").write_text("\n".join(VOC_CLASSES))
+    assert read_csv_layout(kaggle, "train", None).class_names == VOC_CLASSES
+
+
+def test_a_line_of_a_csv_that_names_no_pair_or_no_image_is_an_error(kaggle: Path):
+    with (kaggle / "train.csv").open("a") as file:
+        file.write("\n000011,000011.txt\n")
+    with pytest.raises(UserError, match="images/000011: no such image"):
+        read_csv_layout(kaggle, "train", VOC_CLASSES)
+    assert len(read_csv_layout(kaggle, "train", VOC_CLASSES, skip_bad=True).skipped) == 1
+    (kaggle / "train.csv").write_text("000007.jpg,000007.txt\n000009.jpg\n")
+    with pytest.raises(UserError, match=r"train\.csv, line 2: '000009\.jpg' is not"):
+        read_csv_layout(kaggle, "train", VOC_CLASSES)
+
+
+def test_a_missing_csv_names_those_that_exist(kaggle: Path):
+    with pytest.raises(UserError, match=r"val\.csv; there are: test\.csv, train\.csv"):
+        read_csv_layout(kaggle, "val", VOC_CLASSES)
+
+
+def test_a_yolo_folder_reads_names_boxes_and_background(folder: Path):
+    train_set, test_set = open_datasets(Config(dataset="yolo", data_root=str(folder)))
+    assert train_set.class_names == test_set.class_names == ("cup", "spoon")
+    assert [len(note.labels) for note in train_set.annotations] == [1, 0]
+    np.testing.assert_allclose(train_set.annotation(0).boxes, [[30, 10, 50, 30]])
+    assert train_set.annotation(0).labels.tolist() == [1]
+
+
+def test_names_may_be_numbered_in_the_yaml(folder: Path):
+    (folder / "data.yaml").write_text("names:\n  0: fork\n  1: knife\n")
+    assert read_yolo_folder(folder, "train", None).class_names == ("fork", "knife")
+    (folder / "data.yaml").write_text("names: {1: knife, 0: fork}\n")
+    assert read_yolo_folder(folder, "train", None).class_names == ("fork", "knife")
+    for text in ("nc: 2\n", "names:\n"):
+        (folder / "data.yaml").write_text(text)
+        with pytest.raises(UserError, match="no readable `names:`"):
+            read_yolo_folder(folder, "train", None)
+
+
+def test_numbers_mean_what_the_folder_says_whatever_order_a_checkpoint_has(folder: Path):
+    dataset = read_yolo_folder(folder, "train", ("spoon", "plate", "cup"))
+    assert dataset.class_names == ("spoon", "plate", "cup")
+    assert dataset.annotation(0).labels.tolist() == [0]
+    with pytest.raises(UserError, match=r"spoon.*is of none of the classes cup"):
+        read_yolo_folder(folder, "train", ("cup",))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("2 0.5 0.5 0.1 0.1", "class 2"),
+        ("0 0.5 0.5 0.1", "line 1.*is not `class cx cy width height`"),
+        ("0 0.5 0.5 0.1 x", "is not `class"),
+        ("nan 0.5 0.5 0.1 0.1", "is not `class"),
+        ("inf 0.5 0.5 0.1 0.1", "is not `class"),
+        ("0 0.9 0.5 0.4 0.2", "outside"),
+        ("0 0.5 0.5 0 0", "no size"),
+    ],
+)
+def test_a_broken_label_names_its_file(folder: Path, line: str, words: str):
+    path = next(folder.rglob("train/**/a.txt"), None) or next(folder.rglob("train/a.txt"))
+    path.write_text(line)
+    with pytest.raises(UserError, match=rf"a\.txt.*{words}"):
+        read_yolo_folder(folder, "train", None)
+
+
+def test_files_saved_by_windows_programs_are_read_or_refused_in_one_line(kaggle: Path):
+    """Excel and Notepad put a byte order mark first; PowerShell's `>` writes UTF-16."""
+    expected = read_csv_layout(kaggle, "train", VOC_CLASSES)
+    for file in (kaggle / "train.csv", kaggle / "classes.txt"):
+        text = file.read_text() if file.exists() else "\n".join(VOC_CLASSES)
+        file.write_text(text, encoding="utf-8-sig")
+    read = read_csv_layout(kaggle, "train", None)
+    assert (read.image_ids, read.class_names) == (expected.image_ids, expected.class_names)
+    label = kaggle / "labels" / "000007.txt"
+    label.write_text(label.read_text(), encoding="utf-16")
+    with pytest.raises(UserError, match=r"000007\.txt: is not UTF-8 text"):
+        read_csv_layout(kaggle, "train", None)
+    assert len(read_csv_layout(kaggle, "train", None, skip_bad=True)) == 1
+
+
+def test_a_missing_split_names_what_is_there(folder: Path):
+    with pytest.raises(UserError, match=r"split 'valid'.*data\.yaml"):
+        read_yolo_folder(folder, "valid", None)
+
+
+def test_photos_are_turned_by_their_exif_tag_as_annotation_tools_show_them(tmp_path: Path):
+    write_pair(tmp_path / "images/train/a.jpg", tmp_path / "labels/train/a.txt", "0 0.5 0.25 0.5 0.5")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.zeros((40, 80, 3), np.uint8)).save(tmp_path / "images/train/a.jpg", exif=exif)
+    dataset = read_yolo_folder(tmp_path, "train", ("cup",))
+    note = dataset.annotation(0)
+    assert (note.height, note.width) == dataset.image(0).shape[:2] == (80, 40)
+    np.testing.assert_allclose(note.boxes, [[10, 0, 30, 40]])
+
+
+def test_a_data_set_without_boxes_is_a_usage_error():
+    with pytest.raises(UsageError, match="no boxes to detect"):
+        open_dataset(Config(dataset="cifar10"), "train", None)

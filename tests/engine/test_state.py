@@ -1,0 +1,35 @@
+"""What the optimizer is told, and when a state is beyond repair."""
+
+import torch
+
+from yolo.config import Config
+from yolo.engine.ema import Ema
+from yolo.engine.fabric import make_fabric
+from yolo.engine.state import State, make_optimizer
+from yolo.models.resnet import ResNet
+from yolo.models.yolov3 import YoloV3
+
+
+def test_only_kernels_decay():
+    config, network = Config(), YoloV3(3, 0.0625)
+    weights, others = make_optimizer(network, config).param_groups
+    assert weights["weight_decay"] == config.weight_decay
+    assert others["weight_decay"] == 0
+    assert all(parameter.ndim > 1 for parameter in weights["params"])
+    assert all(parameter.ndim == 1 for parameter in others["params"])
+    count = sum(len(group["params"]) for group in (weights, others))
+    assert count == len(list(network.parameters()))
+
+
+def test_weights_and_statistics_have_to_be_finite_averaged_ones_too():
+    network = ResNet(3, 0.125)
+    ema = Ema(network, 0.9)
+    fabric, _ = make_fabric(Config(accelerator="cpu", precision="32-true"))
+    state = State(fabric, network, network, None, ema, None, torch.zeros(()))
+    for module in (network, ema.module):
+        for values in (module.prep[0].weight, module.prep[1].running_var):
+            assert state.is_finite()
+            kept = values.detach().clone()
+            values.detach()[0] = torch.inf
+            assert not state.is_finite()
+            values.detach().copy_(kept)

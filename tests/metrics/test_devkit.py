@@ -1,0 +1,69 @@
+"""Detections survive the devkit's files, and files that cannot be scored are refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scenes import Scenes, random_scenes
+
+from yolo.errors import UserError
+from yolo.metrics.average_precision import average_precision
+from yolo.metrics.devkit import read_detections, write_detections
+from yolo.metrics.matching import Detections
+
+
+def scenes_of(seed: int) -> tuple[Detections, Scenes]:
+    detections, objects, num_images, num_classes = random_scenes(seed)
+    return detections, Scenes(objects, num_images, num_classes)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_detections_written_and_read_again_score_the_same(tmp_path: Path, seed: int) -> None:
+    detections, scenes = scenes_of(seed)
+    write_detections(tmp_path, detections, scenes)
+    again = read_detections(tmp_path, scenes)
+    assert len(again) == len(detections)
+    before = average_precision(detections, scenes.objects, scenes.class_names)
+    assert average_precision(again, scenes.objects, scenes.class_names) == before
+
+
+def test_pixels_are_one_based_and_inclusive_in_the_files(tmp_path: Path) -> None:
+    _, scenes = scenes_of(0)
+    one = np.zeros(1, np.int64)
+    detection = Detections(one, np.array([[0.0, 10, 20, 30]]), np.array([0.5]), one)
+    write_detections(tmp_path, detection, scenes, split="val")
+    text = (tmp_path / "comp4_det_val_class0.txt").read_text()
+    assert text == "000000 0.5 1.000000 11.000000 20.000000 30.000000\n"
+    assert read_detections(tmp_path, scenes).boxes.tolist() == [[0, 10, 20, 30]]
+
+
+def test_an_empty_or_absent_file_means_no_detections_of_that_class(tmp_path: Path) -> None:
+    _, scenes = scenes_of(0)
+    (tmp_path / "comp4_det_test_class0.txt").write_text("")
+    assert len(read_detections(tmp_path, scenes)) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("class0", "000000 0.5 1 1 9\n", "class0.txt, line 1: want `image score xmin ymin xmax ymax`"),
+        ("class0", "000000 0.5 1 1 9 9\n999999 0.5 1 1 9 9\n", "line 2: image 999999 is not in the split"),
+        ("class0", "000000 0.5 1 1 9 nine\n", "class0.txt: could not convert"),
+        ("class0", "000000 0.5 1 1 nan 9\n", "not finite"),
+        ("class0", "000000 0.5 9 1 1 9\n", "before its left"),
+        ("class0", "000000 1.5 1 1 9 9\n", "score outside 0 to 1"),
+        ("zebra", "000000 0.5 1 1 9 9\n", "zebra.txt: is for a class that the data does not have"),
+    ],
+)
+def test_files_that_cannot_be_scored_are_refused_in_one_line(
+    tmp_path: Path, name: str, text: str, message: str
+) -> None:
+    _, scenes = scenes_of(0)
+    (tmp_path / f"comp4_det_test_{name}.txt").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_detections(tmp_path, scenes)
+
+
+def test_a_folder_without_detections_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no comp4_det_"):
+        read_detections(tmp_path, scenes_of(0)[1])

@@ -1,0 +1,166 @@
+"""Where a run writes, and what it continues."""
+
+import pytest
+
+from yolo.errors import UsageError
+from yolo.runs.folder import RunFolder, find_run_folder, list_checkpoints
+from yolo.runs.logbook import Progress, duration, summary_lines
+
+
+def make_run(path, steps=(), results=False):
+    folder = RunFolder(path)
+    folder.checkpoints.mkdir(parents=True)
+    folder.metrics.write_text("")
+    for step in steps:
+        (folder.checkpoints / f"epoch{step // 10:03d}-step{step:06d}-lr1.000e-03.ckpt").write_text("")
+    if results:
+        folder.results.write_text("{}")
+    return folder
+
+
+def test_checkpoints_are_listed_by_step_and_strangers_are_left_out(tmp_path):
+    folder = make_run(tmp_path, steps=(30, 5, 1000000))
+    (folder.checkpoints / "notes.ckpt").write_text("")
+    assert [path.name.split("-")[1] for path in list_checkpoints(folder.checkpoints)] == [
+        "step000005",
+        "step000030",
+        "step1000000",
+    ]
+
+
+def test_resume_auto_takes_the_newest_unfinished_run_of_that_configuration(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "runs" / "voc-20260101-000000", steps=(1,))
+    make_run(tmp_path / "runs" / "voc-20260102-000000", steps=(1,))
+    make_run(tmp_path / "runs" / "voc-20260103-000000", steps=(1,), results=True)
+    make_run(tmp_path / "runs" / "digits-20260104-000000", steps=(1,))
+    folder, source, resuming = find_run_folder("voc", None, "auto")
+    assert folder.path.name == "voc-20260102-000000"
+    assert source is None
+    assert resuming
+
+
+def test_a_new_run_is_named_after_its_configuration_and_the_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder, source, resuming = find_run_folder("voc", None, None)
+    assert folder.path.parent.name == "runs"
+    assert folder.path.name.startswith("voc-")
+    assert (source, resuming) == (None, False)
+
+
+def test_resuming_a_checkpoint_writes_into_its_own_run(tmp_path):
+    run = make_run(tmp_path / "run", steps=(7,))
+    [checkpoint] = list_checkpoints(run.checkpoints)
+    folder, source, _ = find_run_folder("voc", None, str(checkpoint))
+    assert folder.path == run.path
+    assert source == checkpoint
+
+
+def test_a_folder_with_a_run_is_refused_unless_it_is_resumed(tmp_path):
+    make_run(tmp_path / "run", steps=(7,))
+    with pytest.raises(UsageError, match="--resume auto"):
+        find_run_folder("voc", str(tmp_path / "run"), None)
+    assert find_run_folder("voc", str(tmp_path / "run"), "auto")[0].path == tmp_path / "run"
+
+
+def test_a_run_that_goes_on_in_another_folder_starts_from_its_newest_checkpoint(tmp_path):
+    run = make_run(tmp_path / "run", steps=(7, 9))
+    folder, source, resuming = find_run_folder("voc", str(tmp_path / "new"), str(run.path))
+    assert (folder.path, source, resuming) == (tmp_path / "new", list_checkpoints(run.checkpoints)[-1], True)
+    assert find_run_folder("voc", str(run.path), str(run.path))[1] is None
+    make_run(tmp_path / "other", steps=(3,))
+    for resume in (run.path, source):
+        with pytest.raises(UsageError, match="holds another run"):
+            find_run_folder("voc", str(tmp_path / "other"), str(resume))
+
+
+def test_resuming_what_holds_no_run_is_refused(tmp_path):
+    run = make_run(tmp_path / "run", steps=(7,))
+    make_run(tmp_path / "empty")
+    for folder in (run.checkpoints, tmp_path / "empty", tmp_path):
+        with pytest.raises(UsageError, match="holds no checkpoints"):
+            find_run_folder("voc", None, str(folder))
+    assert find_run_folder("voc", None, str(run.path))[0].path == run.path
+
+
+def test_a_checkpoint_outside_of_a_run_needs_a_folder_to_write_to(tmp_path):
+    stray = tmp_path / "epoch000-step000007-lr1.000e-03.ckpt"
+    stray.write_text("")
+    with pytest.raises(UsageError, match="--out-dir"):
+        find_run_folder("voc", None, str(stray))
+    folder, source, _ = find_run_folder("voc", str(tmp_path / "mine"), str(stray))
+    assert (folder.path, source) == (tmp_path / "mine", stray)
+
+
+def as_worker_of_torchrun(monkeypatch, restart_count):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restart_count))
+
+
+@pytest.mark.parametrize("out_dir", [None, "mine"])
+def test_a_restart_by_torchrun_goes_on_in_the_folder_of_this_launch(tmp_path, monkeypatch, out_dir):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "runs" / "voc-20260101-000000", steps=(1,))  # somebody else's, unfinished
+    as_worker_of_torchrun(monkeypatch, restart_count=0)
+    first, _, resuming = find_run_folder("voc", out_dir, None)
+    assert not resuming
+    make_run(first.path)
+    first.mark_launch()
+    make_run(tmp_path / "runs" / "voc-20990101-000000", steps=(1,))
+    as_worker_of_torchrun(monkeypatch, restart_count=1)
+    again, source, resuming = find_run_folder("voc", out_dir, None)
+    assert again.path == first.path
+    assert (source, resuming) == (None, True)
+
+
+def test_after_a_restart_other_nodes_find_the_folder_by_the_run_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    as_worker_of_torchrun(monkeypatch, restart_count=1)
+    run = make_run(tmp_path / "runs" / "voc-20260101-000000", steps=(1,))
+    run.launch.write_text("none 999999999")  # by the agent of the first node
+    assert not find_run_folder("voc", None, None)[2]
+    monkeypatch.setenv("GROUP_RANK", "1")
+    folder, _, resuming = find_run_folder("voc", None, None)
+    assert (folder.path.name, resuming) == (run.path.name, True)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    assert not find_run_folder("voc", None, None)[2]
+
+
+def test_a_restart_before_anything_was_written_starts_as_the_flags_say(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "runs" / "voc-20260101-000000", steps=(1,))
+    as_worker_of_torchrun(monkeypatch, restart_count=1)
+    folder, _, resuming = find_run_folder("voc", None, None)
+    assert folder.path.name != "voc-20260101-000000"
+    assert not resuming
+
+
+def test_replanned_schedules_stand_beside_the_first(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert folder.schedules() == []
+    for name in ("schedule.txt", *(f"schedule-{number}.txt" for number in range(2, 12))):
+        assert folder.next_schedule() == tmp_path / name
+        folder.next_schedule().write_text("")
+    (tmp_path / "schedule-backup.txt").write_text("somebody's")
+    assert folder.schedules()[0].name == "schedule-11.txt"
+    assert folder.schedules()[-1].name == "schedule.txt"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0s"), (59.6, "1m00s"), (61, "1m01s"), (3599, "59m59s"), (11225, "3h07m")]
+)
+def test_durations_are_short(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_the_closing_table_leaves_out_what_was_not_measured():
+    lines = summary_lines({"map_50": 0.5, "object_accuracy": None}, [("run folder", "runs/x")])
+    assert [line.split() for line in lines] == [["mAP@0.5", "(area)", "0.5000"], ["run", "folder", "runs/x"]]
+
+
+def test_progress_prints_plain_lines_where_there_is_no_terminal(capsys):
+    progress = Progress(3, "epoch 1/2", enabled=True)
+    progress.update()
+    progress.note("loss 1.0")
+    Progress(3, "epoch 1/2", enabled=False).note("silent")
+    assert capsys.readouterr().out == "epoch 1/2: loss 1.0\n"

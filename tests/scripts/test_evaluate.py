@@ -1,0 +1,219 @@
+"""evaluate.py as a person runs it, in process, on eight scenes and an untrained network."""
+
+import contextlib
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+from yolo.config import Config
+from yolo.data.dataset import read_rgb
+from yolo.data.digits import CLASS_NAMES
+from yolo.data.sources import open_dataset
+from yolo.errors import UsageError, UserError
+from yolo.metrics.average_precision import load_objects
+from yolo.metrics.matching import Detections
+from yolo.models.yolov3 import YoloV3, make_anchors
+from yolo.runs.checkpoint import save_weights
+from yolo.viz.draw import class_color, draw_boxes
+from yolo.viz.error_grids import error_grids
+from yolo.viz.figures import plot_curves
+
+PLOTS = {
+    "threshold_sweep",
+    "precision_recall",
+    "ap_per_class",
+    "ap_by_size",
+    "error_budget",
+    "confusion_matrix",
+    "reliability",
+    "false_positives",
+    "misses",
+}
+
+
+CPU = ["--workers", "0", "--accelerator", "cpu", "--precision", "32-true"]
+
+
+@pytest.fixture(scope="module")
+def weights(tiny_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained detector that says 0 everywhere, with each anchor by its own strength."""
+    torch.manual_seed(0)
+    cfg = Config(
+        data_root=str(tiny_digits),
+        width=0.0625,
+        img_sizes=(64,),
+        batch_size=8,
+        score_threshold=0.001,
+    )
+    model = YoloV3(len(CLASS_NAMES), cfg.width)
+    with torch.no_grad():
+        model.train()(torch.rand(8, 3, 64, 64))
+        for head in model.heads:
+            head[-1].weight.zero_()
+            head[-1].bias.view(3, -1)[:, 4] = torch.tensor([-1.0, 0.0, 1.0])
+            head[-1].bias.view(3, -1)[:, 5] = 4.0
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_weights(
+        path, model, cfg, tuple(CLASS_NAMES), make_anchors([20, 24] * 3 + [40, 48] * 3 + [70, 80] * 3, 64), {}
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def evaluation(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one evaluation; what it printed is in `printed.txt`."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    words = [
+        "--checkpoint",
+        str(weights),
+        "--out-dir",
+        str(folder),
+        "--write-detections",
+        str(folder / "files"),
+    ]
+    with (folder / "printed.txt").open("w") as file, contextlib.redirect_stdout(file):
+        assert evaluate.main([*words, "--max-detections", "200", *CPU]) == 0
+    return folder
+
+
+def results_in(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_one_command_writes_numbers_plots_and_tensorboard_events(evaluation: Path) -> None:
+    results = results_in(evaluation)
+    assert {"class_accuracy", "map_50", "by_size", "errors", "confusion_matrix", "calibration"} <= set(
+        results
+    )
+    assert {"checkpoint_digest", "data", "loader", "test_size", "thresholds", "commit"} <= set(results)
+    assert results["thresholds"]["max_detections"] == 200
+    assert {path.stem for path in (evaluation / "plots").iterdir()} == PLOTS
+    assert all(read_rgb(path).std() > 5 for path in (evaluation / "plots").iterdir())
+    assert list(evaluation.glob("events.out.tfevents*"))
+
+
+def test_the_printed_table_has_classes_sizes_and_errors(evaluation: Path) -> None:
+    printed = (evaluation / "printed.txt").read_text()
+    for text in ("class accuracy", "mAP@0.5 (area)", "medium", "localisation", "ECE", str(evaluation)):
+        assert text in printed
+
+
+def test_written_detections_score_the_same_when_read_again(
+    evaluation: Path, tiny_digits: Path, tmp_path: Path
+) -> None:
+    words = ["--detections", str(evaluation / "files"), "--data-root", str(tiny_digits), "--split", "test"]
+    assert evaluate.main([*words, "--classes", ",".join(CLASS_NAMES), "--out-dir", str(tmp_path)]) == 0
+    again, before = results_in(tmp_path), results_in(evaluation)
+    assert again["confusion_matrix"] == before["confusion_matrix"]
+    assert np.sum(again["confusion_matrix"]) > 100
+    for kind, row in before["errors"].items():
+        assert again["errors"][kind] == pytest.approx(row, abs=1e-6)
+    for name in ("map_50", "map_50_11pt", "map_50_95"):
+        assert again[name] == pytest.approx(before[name], abs=1e-6)
+
+
+def test_mosaics_measure_the_cells_and_say_so(weights: Path, tmp_path: Path) -> None:
+    words = ["--checkpoint", str(weights), "--out-dir", str(tmp_path), *CPU, "--mosaic"]
+    assert evaluate.main(words) == 0
+    results = results_in(tmp_path)
+    assert results["loader"] == "mosaics of four test images"
+    assert "map_50" not in results
+    assert 0 <= results["object_accuracy"] <= 1
+
+
+def test_pictures_are_answered_as_json_csv_and_pictures(
+    weights: Path, tiny_digits: Path, tmp_path: Path
+) -> None:
+    images = str(tiny_digits / "JPEGImages" / "test_000[0-4]*")
+    words = ["--checkpoint", str(weights), "--images", images, "--out-dir", str(tmp_path), *CPU]
+    assert evaluate.main(words) == 0
+    answers = json.loads((tmp_path / "predictions.json").read_text())
+    assert len(answers) == 5 == len(list((tmp_path / "pictures").iterdir()))
+    with (tmp_path / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == sum(len(answer["detections"]) for answer in answers)
+    for answer in answers:
+        for detection in answer["detections"]:
+            left, top, right, bottom = detection["box"]
+            assert 0 <= left <= right <= answer["width"] and 0 <= top <= bottom <= answer["height"]
+            assert detection["class"] in CLASS_NAMES and 0.3 <= detection["score"] <= 1
+
+
+def test_a_picture_that_cannot_be_read_costs_a_line_and_not_the_others(
+    weights: Path, tiny_digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    good = next((tiny_digits / "JPEGImages").iterdir())
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "good.jpg").write_bytes(good.read_bytes())
+    (tmp_path / "in" / "bad.jpg").write_bytes(good.read_bytes()[:100])
+    words = ["--checkpoint", str(weights), "--images", str(tmp_path / "in"), "--out-dir", str(tmp_path)]
+    assert evaluate.main([*words, *CPU]) == 1
+    assert "bad.jpg" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "predictions.json").read_text())) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give --checkpoint FILE, or --detections DIR"),
+        (["--checkpoint", "a", "--detections", "b"], "give --checkpoint FILE, or --detections DIR"),
+        (["--detections", "a", "--images", "b"], "scored as it is"),
+        (["--checkpoint", "a", "--mosaic", "--write-detections", "b"], "needs whole images"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        evaluate.main(words)
+
+
+def test_data_with_other_classes_than_the_checkpoint_is_refused_by_name(
+    weights: Path, tiny_digits: Path, tmp_path: Path
+) -> None:
+    for folder in ("Annotations", "ImageSets", "JPEGImages"):
+        (tmp_path / folder).symlink_to(tiny_digits / folder)
+    (tmp_path / "Annotations").unlink()
+    (tmp_path / "Annotations").mkdir()
+    for path in (tiny_digits / "Annotations").iterdir():
+        text = path.read_text()
+        for name in CLASS_NAMES:
+            text = text.replace(f"<name>{name}</name>", "<name>zebra</name>")
+        (tmp_path / "Annotations" / path.name).write_text(text)
+    words = ["--checkpoint", str(weights), "--data-root", str(tmp_path), "--dataset", "voc", *CPU]
+    with pytest.raises(UserError, match="zebra"):
+        evaluate.main(words)
+
+
+def test_errors_far_outside_of_their_images_are_pictured_all_the_same(tiny_digits: Path) -> None:
+    dataset = open_dataset(Config(data_root=str(tiny_digits)), "test", None)
+    boxes = np.array([[-900.0, -900, -800, -800], [5000, 10, 5003, 900], [0, 0, 1, 3000]])
+    detections = Detections(np.zeros(3, np.int64), boxes, np.array([0.9, 0.8, 0.7]), np.zeros(3, np.int64))
+    grids = error_grids(dataset, detections, load_objects(dataset, [0]), "plain")
+    assert set(grids) == {"false_positives", "misses"}
+
+
+def test_boxes_are_drawn_where_they_are_and_the_picture_is_not_changed() -> None:
+    image = np.zeros((100, 120, 3), np.uint8)
+    drawn = draw_boxes(image, np.array([[20.0, 40, 80, 90]]), [3], ["a", "b", "c", "d"], [0.9])
+    assert image.sum() == 0
+    assert tuple(drawn[65, 20]) == class_color(3)
+    assert drawn[65, 50].sum() == 0
+    assert draw_boxes(image, np.zeros((0, 4)), [], ["a"]).sum() == 0
+
+
+def test_boxes_beyond_the_picture_are_drawn_on_its_edge() -> None:
+    image = np.zeros((50, 50, 3), np.uint8)
+    drawn = draw_boxes(image, np.array([[-30.0, -30, 90, 90]]), [0], ["a"])
+    assert drawn[25, 0].sum() > 0 and drawn[25, 49].sum() > 0
+
+
+def test_curves_are_drawn_from_any_lines(tmp_path: Path) -> None:
+    train = [{"kind": "train", "step": k, "loss": 1 / k, "box": 1 / k, "lr": 0.1} for k in (1, 2, 3)]
+    tests = [{"kind": "evaluation", "step": 3, "map_50": 0.5}]
+    for name, lines in {"both": [*train, *tests], "train": train, "nothing": []}.items():
+        plot_curves(lines, tmp_path / f"{name}.png")
+        assert read_rgb(tmp_path / f"{name}.png").shape[2] == 3

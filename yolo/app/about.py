@@ -1,0 +1,165 @@
+"""What is to be known about a model: its card, its results, its classes, and how to read a heat map."""
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from yolo.app.samples import SampleSet
+from yolo.data.voc import VOC_CLASSES
+from yolo.runs.checkpoint import LoadedWeights
+from yolo.viz.draw import class_color
+
+RESULT_ROWS = (
+    ("map_50", "mAP at IoU 0.5 (area under the curve)"),
+    ("map_50_11pt", "mAP at IoU 0.5 (11 points, as VOC 2007)"),
+    ("map_50_95", "mAP at IoU 0.5 to 0.95 (COCO)"),
+    ("class_accuracy", "class accuracy, on cells with an object"),
+    ("object_accuracy", "object accuracy (objectness above 0.05)"),
+    ("no_object_accuracy", "no-object accuracy (objectness above 0.05)"),
+    ("object_accuracy_at_0.5", "object accuracy (objectness above 0.5)"),
+    ("no_object_accuracy_at_0.5", "no-object accuracy (objectness above 0.5)"),
+    ("accuracy", "accuracy"),
+    ("mean_class_accuracy", "mean of the classes' accuracies"),
+)
+DATA_NAMES = {
+    "digits": "handwritten digits",
+    "voc": "PASCAL VOC",
+    "cifar10": "CIFAR-10",
+}
+TASKS = {"detection": "object detection", "classification": "image classification"}
+DIGITS = (
+    "scikit-learn's copy of *Optical Recognition of Handwritten Digits* "
+    "(E. Alpaydin, C. Kaynak, UCI Machine Learning Repository, CC BY 4.0)"
+)
+FLICKR = (
+    "photographs from Flickr, collected for the PASCAL VOC challenges (Everingham et al.). They belong to "
+    "those who took them; Flickr's terms of use apply, and the collection is meant for research"
+)
+ORIGINS = {
+    ("digits", "detection"): (
+        f"scenes that this project composes itself: {DIGITS} on crops of two photographs that come with "
+        "scikit-learn, `china.jpg` by danielbuechele and `flower.jpg` by vultilion (Flickr, both CC BY 2.0)"
+    ),
+    ("digits", "classification"): DIGITS,
+    ("voc", "detection"): FLICKR,
+    ("cifar10", "classification"): (
+        "CIFAR-10 (A. Krizhevsky, 2009), a labelled part of the Tiny Images collected from the web. "
+        "Its authors state no licence; use it for research"
+    ),
+}
+OWN_DATA = "a data set of its own. Whoever publishes this model should name the source and its terms here"
+
+HOW_TO_READ = """
+### How to read a heat map
+
+A detection answers one question: *which part of the picture spoke for this box?* The network is asked for
+the number that it gave (the class, the objectness, or both together), and that number is traced back to the
+map that enters the box's own detection block. **Red** is the strongest evidence in this picture, **blue** is
+weak, and where the picture looks untouched there was none. Every map is scaled to its own maximum: compare
+places within a map, never two maps.
+
+- **Beside the object?** The surroundings decided. That is worth knowing: such a model fails when they
+  change.
+- **A missed object** is shown by a dashed frame. Its map says what the network saw where it should have
+  found it.
+- **"Nothing speaks for it"** means that no place raised that number. The map then stays empty, on
+  purpose.
+- **Methods.** *HiResCAM* and *LayerCAM* weigh each place by itself. *Grad-CAM* averages its weights over the
+  whole picture, so it can light up other objects of the kind, or nothing. *EigenCAM* ignores the question: it
+  shows the same map for every box, and stands here for comparison only.
+
+A map cannot tell *why* a place counted, nor that nothing else would have done. It is as coarse as its
+layer: a cell of stride 32 is 32 network pixels wide.
+"""
+
+
+def model_name(*models: LoadedWeights) -> str:
+    """Return what models are called in titles, as in `YOLOv3 on PASCAL VOC`."""
+    networks_of: dict[str, list[str]] = {}
+    for loaded in models:
+        data = DATA_NAMES.get(_data_set(loaded), "a data set of its own")
+        networks_of.setdefault(data, []).append("YOLOv3" if loaded.task == "detection" else "ResNet")
+    return ", ".join(f"{' and '.join(networks)} on {data}" for data, networks in networks_of.items())
+
+
+def classes_html(class_names: Sequence[str]) -> str:
+    """Return the classes as chips in the colours of their boxes."""
+    chips = "".join(
+        f'<span class="chip"><i style="background:rgb{class_color(label)}"></i>{escape(name)}</span>'
+        for label, name in enumerate(class_names)
+    )
+    return f'<div class="chips">{chips}</div>'
+
+
+def results_markdown(loaded: LoadedWeights) -> str:
+    """Return the measured results as a table, with the data, loader and thresholds that they belong to."""
+    results = loaded.results
+    rows = [f"| {title} | {results[key]:.3f} |" for key, title in RESULT_ROWS if results.get(key) is not None]
+    if not rows:
+        return (
+            "No results are stored in this file. Weights that a finished run exports carry theirs; "
+            "`evaluate.py --checkpoint` measures any checkpoint."
+        )
+    table = "\n".join(["| measured on the test split | |", "|---|--:|", *rows])
+    return f"{table}\n\n{_circumstances(results)}"
+
+
+def model_card(loaded: LoadedWeights, samples: SampleSet | None, model_url: str | None) -> str:
+    """Return the model's card as Markdown: what it is, where its data comes from, and its limits."""
+    config = loaded.config
+    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    where = f"[{model_url}]({model_url})" if model_url else f"the file `{loaded.path.name}`"
+    origin = ORIGINS.get((_data_set(loaded), config.task), OWN_DATA)
+    lines = [
+        f"- **Task:** {TASKS[loaded.task]}, {len(loaded.class_names)} classes",
+        f"- **Network:** {_network(loaded)}, {parameters / 1e6:.1f} million parameters",
+        f"- **Input:** {_input(loaded)}",
+        f"- **Weights:** {where}; digest `{loaded.digest}`",
+        f"- **Training data:** {origin}.",
+        *_sample_lines(samples),
+        "- **Limits:** it knows only its classes, and only as its training data show them. Do not use it "
+        "where a mistake can hurt somebody.",
+    ]
+    return "\n".join(lines)
+
+
+def _data_set(loaded: LoadedWeights) -> str:
+    """Return whose data it is: `voc` and `csv` are layouts, in which other data come as well."""
+    if loaded.config.dataset not in ("voc", "csv"):
+        return loaded.config.dataset
+    return "voc" if loaded.class_names == VOC_CLASSES else "own"
+
+
+def _circumstances(results: dict[str, Any]) -> str:
+    thresholds = results.get("thresholds") or {} if "map_50" in results else {}
+    facts = [
+        (
+            "weights",
+            {"ema": "running average (EMA)"}.get(str(results.get("weights")), results.get("weights")),
+        ),
+        ("data", results.get("data")),
+        ("loader", results.get("loader")),
+        ("image size", results.get("test_size")),
+        ("epoch", results.get("epoch")),
+        *((name.replace("_", " ").replace("iou", "IoU"), value) for name, value in thresholds.items()),
+    ]
+    return "<sub>" + " · ".join(f"{name}: {value}" for name, value in facts if value is not None) + "</sub>"
+
+
+def _network(loaded: LoadedWeights) -> str:
+    network = "YOLOv3 (Darknet-53)" if loaded.task == "detection" else "ResNet for 32 x 32 images"
+    return f"{network} at width {loaded.config.width:g}"
+
+
+def _input(loaded: LoadedWeights) -> str:
+    if loaded.task == "classification":
+        return "32 x 32 pixels, RGB; other pictures are resized, their shape is not kept"
+    return f"{loaded.test_size} x {loaded.test_size} pixels, RGB, letterboxed"
+
+
+def _sample_lines(samples: SampleSet | None) -> list[str]:
+    if samples is None or not samples.samples:
+        return []
+    credits = sorted({sample.credit for sample in samples.samples if sample.credit})
+    line = f"- **Samples:** {samples.choice} ({samples.data})"
+    return [line + (f". Photographs by {'; '.join(credits)}." if credits else ".")]

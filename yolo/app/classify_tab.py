@@ -1,0 +1,191 @@
+"""The Classify tab: a picture, its likeliest classes, what spoke for each, and the classifier's mistakes."""
+
+from typing import Any
+
+import gradio as gr
+
+from yolo.app.classifier import Classifier, Judgement, draw_map
+from yolo.app.samples import SampleSet
+from yolo.app.uploads import Picture, read_picture
+from yolo.app.widgets import (
+    METHOD_CHOICES,
+    METHOD_NAMES,
+    OPACITY,
+    QUEUE,
+    RESULT,
+    SCALE_BAR,
+    Updates,
+    ask_for_picture,
+    clear_on_failure,
+    picture_input,
+    samples_gallery,
+    store_image,
+)
+from yolo.explain.cam import CLASSIFIER_LAYERS, CLASSIFIER_METHOD, TARGET_BLIND, Explanation
+
+TOP_CLASSES = 5
+PREDICTED = -1  # the choice of the target menu that follows the prediction
+LAYER_NAMES = {"auto": "the last one", "fused": "all of them, averaged"}
+
+
+class ClassifyTab:
+    """Components and handlers; instances live inside the `gr.Blocks` in which they are made."""
+
+    def __init__(self, classifier: Classifier, samples: SampleSet | None) -> None:
+        self.classifier = classifier
+        self.samples = samples
+        self.judgement = gr.State(None, time_to_live=3600)
+        with gr.Row():
+            with gr.Column(scale=3, min_width=300):
+                self._lay_out_inputs()
+            with gr.Column(scale=9, min_width=320):
+                self._lay_out_results()
+        self._lay_out_mistakes()
+        self._wire()
+
+    def on_open(self) -> Updates:
+        """Show the first sample, so that nobody meets an empty page."""
+        if not self.samples or not self.samples.samples:
+            return gr.skip()
+        return self._judge(
+            self._read(self.samples.samples[0].file), PREDICTED, CLASSIFIER_METHOD, "auto", OPACITY
+        )
+
+    def on_picture(
+        self, picture: Picture | None, target: int, method: str, layer: str, opacity: float
+    ) -> Updates:
+        """Classify a picture of the person's own."""
+        return gr.skip() if picture is None else self._judge(picture, target, method, layer, opacity)
+
+    def on_sample(self, number: int, target: int, method: str, layer: str, opacity: float) -> Updates:
+        """Classify a sample."""
+        assert self.samples is not None
+        picture = self._read(self.samples.samples[number].file)
+        return {self.upload: None, **self._judge(picture, target, method, layer, opacity)}
+
+    def on_setting(
+        self, judgement: Judgement | None, target: int, method: str, layer: str, opacity: float
+    ) -> Updates:
+        """Explain again, with other settings."""
+        if judgement is None:
+            return ask_for_picture()
+        return self._explained(judgement, target, method, layer, opacity)
+
+    def on_mistake(self, method: str, layer: str, opacity: float, choice: gr.SelectData) -> Updates:
+        """Show a mistake large, with what spoke for the wrong class."""
+        assert self.samples is not None
+        picture = self._read(self.samples.mistakes[choice.index].file)
+        return {self.target: PREDICTED, **self._judge(picture, PREDICTED, method, layer, opacity)}
+
+    def _read(self, file: str) -> Picture:
+        assert self.samples is not None
+        return read_picture(self.samples.folder / file)
+
+    def _judge(self, picture: Picture, target: int, method: str, layer: str, opacity: float) -> Updates:
+        judgement = self.classifier.judge(picture.pixels)
+        names = self.classifier.class_names
+        return {
+            self.judgement: judgement,
+            self.probabilities: dict(zip(names, judgement.probabilities.tolist(), strict=True)),
+            **self._explained(judgement, target, method, layer, opacity),
+        }
+
+    def _explained(
+        self, judgement: Judgement, target: int, method: str, layer: str, opacity: float
+    ) -> Updates:
+        label = judgement.label if target == PREDICTED else target
+        explanation = self.classifier.explain(judgement.pixels, label, method, layer)
+        name = self.classifier.class_names[label]
+        picture = store_image(draw_map(judgement.pixels, explanation, opacity))
+        return {
+            self.map: gr.Image(picture, label=f"{METHOD_NAMES[method]} · {name}"),
+            self.caption: _caption(name, explanation),
+        }
+
+    def _lay_out_inputs(self) -> None:
+        self.upload = picture_input()
+        self.gallery = samples_gallery(self.samples)
+
+    def _lay_out_results(self) -> None:
+        with gr.Row():
+            self.map = gr.Image(
+                **RESULT, label="Heat map", elem_id="class-map", alt_text="The heat map of the chosen class"
+            )
+            self.probabilities = gr.Label(
+                label="Probabilities", num_top_classes=TOP_CLASSES, min_width=300, elem_id="probabilities"
+            )
+        self.caption = gr.Markdown(elem_classes="caption")
+        gr.HTML(SCALE_BAR)
+        with gr.Row():
+            classes = [(name, label) for label, name in enumerate(self.classifier.class_names)]
+            self.target = gr.Dropdown(
+                [("the predicted one", PREDICTED), *classes], value=PREDICTED, label="Class", min_width=140
+            )
+            self.method = gr.Dropdown(METHOD_CHOICES, value=CLASSIFIER_METHOD, label="Method", min_width=140)
+            layers = [(LAYER_NAMES.get(layer, layer), layer) for layer in CLASSIFIER_LAYERS]
+            self.layer = gr.Dropdown(layers, value="auto", label="Layer", min_width=140)
+            self.opacity = gr.Slider(0.2, 1.0, OPACITY, step=0.05, label="Opacity", min_width=140)
+
+    def _lay_out_mistakes(self) -> None:
+        mistakes = self.samples.mistakes if self.samples else ()
+        self.mistakes = None
+        if not self.samples or not self.samples.tested:
+            return
+        gr.Markdown(f"### Where it is wrong\n{_mistakes_text(self.samples)}")
+        if mistakes:
+            names = self.classifier.class_names
+            tiles = [
+                (
+                    store_image(self.classifier.mistake_tile(self.samples, mistake)),
+                    f"{names[mistake.label]} taken for {names[mistake.predicted]}, {mistake.confidence:.0%}",
+                )
+                for mistake in mistakes
+            ]
+            self.mistakes = gr.Gallery(
+                tiles, show_label=False, columns=4, height="auto", object_fit="contain", allow_preview=False,
+                interactive=False, format="png", elem_id="mistakes", elem_classes="mistakes", buttons=[],
+            )  # fmt: skip
+
+    def _wire(self) -> None:
+        settings: list[Any] = [self.target, self.method, self.layer, self.opacity]
+        mapped = [self.map, self.caption]
+        self.shown = [self.judgement, self.probabilities, *mapped]
+        uploaded = self.upload.change(
+            self.on_picture, [self.upload, *settings], self.shown, api_name="classify", **QUEUE
+        )
+        clear_on_failure(uploaded, self.upload)
+        self.gallery.click(
+            self.on_sample,
+            [self.gallery, *settings],
+            [self.upload, *self.shown],
+            api_name="classify_sample",
+            **QUEUE,
+        )
+        for control in settings:
+            control.input(
+                self.on_setting, [self.judgement, *settings], mapped, trigger_mode="always_last",
+                show_progress="hidden", api_name="explain_class", **QUEUE,
+            )  # fmt: skip
+        if self.mistakes:
+            self.mistakes.select(
+                self.on_mistake, settings[1:], [self.target, *self.shown], api_visibility="private", **QUEUE
+            )
+
+
+def _caption(name: str, explanation: Explanation) -> str:
+    how = f"{METHOD_NAMES[explanation.method]}, {explanation.layer}"
+    text = f"**{name}, {explanation.score:.1%}.** What spoke for this class ({how})."
+    if explanation.is_zero:
+        return f"{text} **Nothing in this layer speaks for it: the map is empty.**"
+    if explanation.method in TARGET_BLIND:
+        return f"{text} This method ignores the class: every class gets the same map."
+    return text
+
+
+def _mistakes_text(samples: SampleSet) -> str:
+    if not samples.mistakes:
+        return f"Of {samples.tested:,} test images ({samples.data}), none was classified wrongly."
+    return (
+        f"Of {samples.tested:,} test images ({samples.data}), the mistakes that it was most sure of. On the "
+        "right of each: what spoke for the wrong class."
+    )

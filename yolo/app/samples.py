@@ -1,0 +1,220 @@
+"""Samples of the test data in a small folder: pictures, thumbnails, annotations, a classifier's mistakes.
+
+The app always shows such a folder: a Space brings one along, elsewhere it is made at the start.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from xml.etree.ElementTree import ParseError
+
+import cv2
+import numpy as np
+import torch
+from defusedxml import DefusedXmlException
+from defusedxml.ElementTree import parse
+from PIL import Image
+from tqdm import tqdm
+
+from yolo.config import Config
+from yolo.data.dataset import Annotation, DetectionDataset
+from yolo.data.digits import write_digits
+from yolo.data.labelled import ImageDataset
+from yolo.data.labelled import open_dataset as open_images
+from yolo.data.sources import open_dataset
+from yolo.data.voc import read_voc
+from yolo.metrics.classification import ClassificationMetrics
+from yolo.runs.checkpoint import LoadedWeights
+
+INDEX_FILE = "index.json"
+THUMBNAIL_SIDE = 160
+MAX_MISTAKES = 24
+BATCH_SIZE = 256
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture of the test data."""
+
+    file: str  # inside the folder
+    thumbnail: str
+    name: str
+    boxes: list[
+        list[float]
+    ]  # [M][4] xyxy, 0-based pixels, right and bottom exclusive; empty for a classifier
+    labels: list[int]  # [M]; of a classifier's sample one
+    difficult: list[bool]
+    height: int
+    width: int
+    credit: str = ""  # who made it, where the data set says so
+
+    @property
+    def annotation(self) -> Annotation:
+        """The objects on it."""
+        return Annotation(
+            np.array(self.boxes, np.float32).reshape(-1, 4),
+            np.array(self.labels, np.int64),
+            np.array(self.difficult, bool),
+            self.height,
+            self.width,
+        )
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A test image that the classifier got wrong."""
+
+    file: str
+    label: int
+    predicted: int
+    confidence: float
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """What lies in a folder of samples."""
+
+    folder: Path
+    class_names: tuple[str, ...]
+    data: str  # the name of the data set
+    tested: int  # images that were searched for mistakes
+    samples: tuple[Sample, ...] = ()
+    mistakes: tuple[Mistake, ...] = ()
+    choice: str = "from the test split, not picked by hand"  # what they are
+
+
+def read_samples(folder: Path) -> SampleSet | None:
+    """Read a folder that `write_samples` wrote; None if there is none."""
+    index = folder / INDEX_FILE
+    if not index.exists():
+        return None
+    content = json.loads(index.read_text())
+    content |= {
+        "class_names": tuple(content["class_names"]),
+        "samples": tuple(Sample(**values) for values in content["samples"]),
+        "mistakes": tuple(Mistake(**values) for values in content["mistakes"]),
+    }
+    return SampleSet(folder=folder, **content)
+
+
+def write_samples(folder: Path, loaded: LoadedWeights, config: Config, count: int) -> SampleSet:
+    """Take `count` pictures from the test data, spread over it, into the new folder `folder`.
+
+    Raises:
+        UserError: if the test data that `config` names cannot be opened.
+    """
+    folder.mkdir(parents=True)
+    name = f"{config.dataset} {config.split}"  # without its folder: it may stand in public
+    if config.task == "classification":
+        images = open_images(config, config.split, loaded.class_names)
+        samples = [_write_image(folder, images, i) for i in _spread(len(images), count)]
+        mistakes = [_write_mistake(folder, images, *found) for found in find_mistakes(loaded, images)]
+        content = SampleSet(folder, loaded.class_names, name, len(images), tuple(samples), tuple(mistakes))
+    else:
+        with TemporaryDirectory() as scratch:
+            scenes = _open_scenes(Path(scratch), config, loaded.class_names, count)
+            samples = [_write_scene(folder, scenes, i) for i in _spread(len(scenes), count)]
+        if config.dataset == "digits":
+            name = "handwritten digits on photographs"
+        content = SampleSet(folder, loaded.class_names, name, 0, tuple(samples))
+    record = {key: value for key, value in asdict(content).items() if key != "folder"}
+    (folder / INDEX_FILE).write_text(json.dumps(record, indent=1))
+    return content
+
+
+def find_mistakes(loaded: LoadedWeights, images: ImageDataset) -> list[tuple[int, int, float]]:
+    """Return (index, predicted class, confidence) of wrongly classified images, the most confident first."""
+    metrics = ClassificationMetrics(images.class_names)
+    starts = range(0, len(images), BATCH_SIZE)
+    with torch.inference_mode():
+        for start in tqdm(starts, "looking for mistakes", leave=False, disable=None):
+            rows = slice(start, start + BATCH_SIZE)
+            batch = torch.from_numpy(images.images[rows]).permute(0, 3, 1, 2)
+            metrics.update(loaded.model(batch), torch.from_numpy(images.labels[rows]))
+    state = metrics.state()
+    worst = metrics.worst_mistakes(MAX_MISTAKES)
+    return [(int(i), int(state["predicted"][i]), float(state["confidence"][i])) for i in worst]
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """Return `count` places at equal distances, chosen by nobody's taste."""
+    return sorted({round(place) for place in np.linspace(0, total - 1, min(count, total))})
+
+
+def _open_scenes(scratch: Path, config: Config, class_names: Sequence[str], count: int) -> DetectionDataset:
+    """Open the test split; of the embedded digits make only its first scenes, which takes no time."""
+    if config.dataset != "digits":
+        return open_dataset(config, config.split, class_names)
+    write_digits(scratch / "digits", num_scenes={"test": max(count, 1)})
+    return read_voc(scratch / "digits", "test", class_names)
+
+
+def _write_scene(folder: Path, scenes: DetectionDataset, index: int) -> Sample:
+    note, path = scenes.annotation(index), scenes.paths[index]
+    _write_picture(path, scenes.image(index), folder)
+    return Sample(
+        file=path.name,
+        thumbnail=_write_thumbnail(folder, path.stem, scenes.image(index)),
+        name=scenes.image_ids[index],
+        boxes=note.boxes.tolist(),
+        labels=note.labels.tolist(),
+        difficult=note.difficult.tolist(),
+        height=note.height,
+        width=note.width,
+        credit=_photographer(path),
+    )
+
+
+def _write_picture(path: Path, pixels: np.ndarray, folder: Path) -> None:
+    """Copy a picture; one with EXIF is written anew, as its boxes lie, without place and camera."""
+    with Image.open(path) as picture:
+        if not picture.getexif():
+            shutil.copyfile(path, folder / path.name)
+        else:
+            Image.fromarray(pixels).save(folder / path.name, quality=95)
+
+
+def _write_image(folder: Path, images: ImageDataset, index: int) -> Sample:
+    name = f"{index:05d}"
+    Image.fromarray(images.image(index)).save(folder / f"{name}.png")
+    height, width = images.image(index).shape[:2]
+    thumbnail = _write_thumbnail(folder, name, images.image(index))
+    return Sample(
+        f"{name}.png", thumbnail, images.image_ids[index], [], [int(images.labels[index])], [], height, width
+    )
+
+
+def _write_mistake(
+    folder: Path, images: ImageDataset, index: int, predicted: int, confidence: float
+) -> Mistake:
+    file = f"mistake-{index:05d}.png"
+    Image.fromarray(images.image(index)).save(folder / file)
+    return Mistake(file, int(images.labels[index]), predicted, round(confidence, 4))
+
+
+def _write_thumbnail(folder: Path, name: str, image: np.ndarray) -> str:
+    """Write the middle square of a picture, small."""
+    height, width = image.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = image[top : top + side, left : left + side]
+    mode = cv2.INTER_AREA if side > THUMBNAIL_SIDE else cv2.INTER_CUBIC
+    path = folder / "thumbnails" / f"{name}.jpg"
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(cv2.resize(square, (THUMBNAIL_SIDE, THUMBNAIL_SIDE), interpolation=mode)).save(path)
+    return path.relative_to(folder).as_posix()
+
+
+def _photographer(path: Path) -> str:
+    """Return whom a VOC annotation names as the owner of its Flickr photograph, if anybody."""
+    xml = path.parent.parent / "Annotations" / f"{path.stem}.xml"
+    try:
+        root = parse(xml).getroot()
+    except (OSError, ParseError, DefusedXmlException):
+        return ""
+    owner = root.findtext("owner/name") or root.findtext("owner/flickrid") or ""
+    photo = root.findtext("source/flickrid") or ""
+    return f"{owner} (Flickr photo {photo})" if owner and photo else owner

@@ -1,0 +1,248 @@
+"""Hugging Face: models from the Hub, and the folder that becomes a Space.
+
+Front matter of a Space: https://huggingface.co/docs/hub/spaces-config-reference
+"""
+
+import dataclasses
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+
+from yolo.app.about import TASKS, model_card, model_name, results_markdown
+from yolo.app.samples import SampleSet, read_samples, write_samples
+from yolo.errors import UsageError, UserError
+from yolo.runs.checkpoint import LoadedWeights, load_weights, public_results, publish_weights
+
+HUB = "hf://"
+HUB_PAGE = "https://huggingface.co"
+# What app.py imports; gradio comes with the Space, in the version that its front matter names.
+PACKAGES = (
+    "torch", "torchvision", "gradio", "grad-cam", "opencv-python", "albumentations", "numpy", "pillow",
+    "safetensors", "scikit-learn", "matplotlib", "defusedxml", "tyro", "pyyaml", "tqdm", "huggingface-hub",
+)  # fmt: skip
+CPU_WHEELS = "--extra-index-url https://download.pytorch.org/whl/cpu"
+SYSTEM_PACKAGES = ("libgl1", "libglib2.0-0")  # of OpenCV
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained model and the page where it is published."""
+
+    loaded: LoadedWeights
+    url: str | None
+
+
+def bundled(folder: Path) -> list[str]:
+    """Return the weight files that lie beside the app.
+
+    Raises:
+        UsageError: if there are none.
+    """
+    files = sorted(str(path) for path in folder.glob("*.safetensors"))
+    if not files:
+        raise UsageError(f"{folder} holds no weights: name a --checkpoint")
+    return files
+
+
+def load_models(checkpoints: Sequence[str], model_url: str | None) -> dict[str, Model]:
+    """Load one detector, one classifier, or both, by task; detection comes first.
+
+    Raises:
+        UsageError: for two models of the same task.
+        UserError: for a file that cannot be read or fetched.
+    """
+    models: dict[str, Model] = {}
+    for name in checkpoints:
+        path, url = _locate(name)
+        loaded = load_weights(path)
+        if loaded.task in models:
+            other = models[loaded.task].loaded.path
+            raise UsageError(
+                f"--checkpoint {other} and {path} are both for {TASKS[loaded.task]}: name one of each task"
+            )
+        shown = dataclasses.replace(loaded, results=public_results(loaded))
+        models[loaded.task] = Model(shown, model_url or url)
+    return {task: models[task] for task in TASKS if task in models}
+
+
+def find_samples(
+    made: Path, model: Model, count: int, data: Mapping[str, Any], brought: Path | None
+) -> SampleSet | None:
+    """Return the samples of a model as `_make_samples` does; None where there is no test data."""
+    try:
+        return _make_samples(made, model, count, data, brought)
+    except UserError as error:
+        print(f"no samples: {error}", flush=True)
+        return None
+
+
+def build(
+    folder: Path,
+    source: Path,
+    models: Mapping[str, Model],
+    count: int,
+    data: Mapping[str, Any],
+    brought: Path | None = None,
+) -> Path:
+    """Write a complete Space, whole or not at all.
+
+    Args:
+        folder: to be made; must not exist, or be empty.
+        source: where `app.py` and the package lie.
+        models: by task.
+        count: samples per model.
+        data: `data_root` and `split` of the samples, where they differ from the training run.
+        brought: folder of samples by task that lie beside bundled weights, to be taken instead.
+
+    Raises:
+        UserError: if the folder is in use or the test data cannot be opened.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"--build-space {folder}: is not empty; name another folder, or delete it first")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        space = Path(scratch) / "space"
+        _copy_code(source, space)
+        samples = {
+            task: _make_samples(space / "samples" / task, model, count, data, brought)
+            for task, model in models.items()
+        }
+        _write_texts(space, {task: _write_weights(space, model) for task, model in models.items()}, samples)
+        if folder.exists():
+            folder.rmdir()
+        space.rename(folder)
+    return folder
+
+
+def push(folder: Path, name: str) -> str:
+    """Upload a Space folder to `owner/name`, which is made if it does not exist; return its address.
+
+    Raises:
+        UserError: if the Hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        api.create_repo(name, repo_type="space", space_sdk="gradio", exist_ok=True)
+        api.upload_folder(repo_id=name, repo_type="space", folder_path=str(folder), delete_patterns="*")
+    except Exception as error:  # huggingface_hub lets its HTTP library's errors through
+        raise UserError(f"--push {name}: {_first_line(error)}; `hf auth login` signs you in") from None
+    return f"{HUB_PAGE}/spaces/{name}"
+
+
+def requirements() -> str:
+    """Return what a Space has to install, pinned to the versions at work here."""
+    pins = [f"{package}=={version(package).split('+')[0]}" for package in PACKAGES]
+    return "\n".join([CPU_WHEELS, *pins]) + "\n"
+
+
+def _locate(name: str) -> tuple[Path, str | None]:
+    """Return the local file of a checkpoint (fetched from the Hub if need be) and the page of its model."""
+    if not name.startswith(HUB):
+        return Path(name), None
+    owner, _, rest = name.removeprefix(HUB).partition("/")
+    repository, _, file = rest.partition("/")
+    if not owner or not repository:
+        raise UsageError(f"--checkpoint {name}: want {HUB}owner/name or {HUB}owner/name/file.safetensors")
+    repository = f"{owner}/{repository}"
+    return _fetch(name, repository, file), f"{HUB_PAGE}/{repository}"
+
+
+def _fetch(name: str, repository: str, file: str) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download
+
+    try:
+        if not file:
+            files = [path for path in HfApi().list_repo_files(repository) if path.endswith(".safetensors")]
+            if len(files) != 1:
+                found = ", ".join(files) or "none"
+                raise UserError(
+                    f"--checkpoint {name}: want one .safetensors file there, found {found}; name it"
+                )
+            file = files[0]
+        return Path(hf_hub_download(repository, file))
+    except UserError:
+        raise
+    except Exception as error:  # as in `push`
+        raise UserError(f"--checkpoint {name}: cannot be fetched ({_first_line(error)})") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _copy_code(source: Path, space: Path) -> None:
+    space.mkdir()
+    shutil.copyfile(source / "app.py", space / "app.py")
+    shutil.copyfile(source / "LICENSE", space / "LICENSE")
+    shutil.copytree(source / "yolo", space / "yolo", ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def _make_samples(
+    made: Path, model: Model, count: int, data: Mapping[str, Any], brought: Path | None
+) -> SampleSet | None:
+    """Fill the new folder `made` with the samples brought along for these classes, or with test data."""
+    if count <= 0:
+        return None
+    folder = brought and brought / model.loaded.task
+    samples = folder and read_samples(folder)
+    if folder and samples and samples.class_names == model.loaded.class_names:
+        shutil.copytree(folder, made)
+        return read_samples(made)
+    return write_samples(made, model.loaded, dataclasses.replace(model.loaded.config, **data), count)
+
+
+def _write_weights(space: Path, model: Model) -> Model:
+    """Write the weights; return them as written."""
+    path = space / "weights" / f"{model.loaded.task}.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    publish_weights(path, model.loaded)
+    return Model(load_weights(path), model.url)
+
+
+def _write_texts(space: Path, models: Mapping[str, Model], samples: Mapping[str, SampleSet | None]) -> None:
+    cards = "\n\n".join(_card(model, samples.get(task)) for task, model in models.items())
+    front = yaml.safe_dump(_front_matter(models), sort_keys=False, allow_unicode=True)
+    (space / "README.md").write_text(f"---\n{front}---\n\n{cards}\n")
+    (space / "MODEL_CARD.md").write_text(f"{cards}\n")
+    (space / "requirements.txt").write_text(requirements())
+    (space / "packages.txt").write_text("\n".join(SYSTEM_PACKAGES) + "\n")
+    urls = {model.url for model in models.values() if model.url}
+    if len(urls) == 1:
+        (space / "app.yaml").write_text(yaml.safe_dump({"model_url": urls.pop()}))
+
+
+def _front_matter(models: Mapping[str, Model]) -> dict[str, Any]:
+    pages = [model.url.removeprefix(f"{HUB_PAGE}/") for model in models.values() if model.url]
+    linked = [page for page in dict.fromkeys(pages) if page.count("/") == 1]
+    return {
+        "title": model_name(*(model.loaded for model in models.values())),
+        "emoji": "🔎",
+        "colorFrom": "indigo",
+        "colorTo": "blue",
+        "sdk": "gradio",
+        "sdk_version": version("gradio"),
+        "python_version": f"{sys.version_info.major}.{sys.version_info.minor}",
+        "app_file": "app.py",
+        "license": "mit",
+        "short_description": "What it sees, and what made it think so",
+        "tags": ["yolov3", "grad-cam", *(TASKS[task].replace(" ", "-") for task in models)],
+        **({"models": linked} if linked else {}),
+    }
+
+
+def _card(model: Model, samples: SampleSet | None) -> str:
+    loaded = model.loaded
+    classes = ", ".join(loaded.class_names)
+    return (
+        f"# {model_name(loaded)}\n\n{model_card(loaded, samples, model.url)}\n- **Classes:** {classes}\n\n"
+        f"## Results\n\n{results_markdown(loaded)}"
+    )

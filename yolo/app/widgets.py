@@ -1,0 +1,121 @@
+"""What the tabs have in common: taking pictures, showing results, and the errors that people see."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import cv2
+import gradio as gr
+import numpy as np
+from gradio.utils import get_upload_folder
+
+from yolo.app.detector import MapSettings
+from yolo.app.samples import SampleSet
+from yolo.app.uploads import Picture, read_picture
+from yolo.errors import UserError
+from yolo.explain.cam import METHODS
+
+Updates = dict[Any, Any]  # component -> new value, as Gradio takes them
+
+_SPELLING = {
+    "gradcam": "Grad-CAM",
+    "gradcam++": "Grad-CAM++",
+    "xgradcam": "XGrad-CAM",
+    "hirescam": "HiResCAM",
+    "layercam": "LayerCAM",
+    "eigencam": "EigenCAM",
+}
+OPACITY = MapSettings().opacity
+METHOD_NAMES = {method: _SPELLING.get(method, method) for method in METHODS}
+METHOD_CHOICES = [(name, method) for method, name in METHOD_NAMES.items()]
+QUEUE: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 2}
+RESULT: dict[str, Any] = {
+    "interactive": False,
+    "buttons": ["download", "fullscreen"],
+    "min_width": 300,
+    "elem_classes": "picture",
+}
+SCALE_BAR = '<div class="scale"><span>weak</span><i></i><span>strongest evidence in this picture</span></div>'
+
+
+def picture_input() -> gr.Image:
+    """Return the place to drop, paste or take a picture; handlers receive it as a `Picture`."""
+    component = gr.Image(
+        sources=["upload", "clipboard", "webcam"],
+        label="Your picture",
+        placeholder="Drop a picture here\nor click to choose one",
+        height=236,
+    )
+    # Gradio's own decoding knows no limits, and a subclass would have it write stub files into this package.
+    component.preprocess = _read_upload  # type: ignore[method-assign, assignment]
+    return component
+
+
+@contextmanager
+def shown_errors() -> Iterator[None]:
+    """Turn our errors into messages on the page, without a traceback in the log."""
+    try:
+        yield
+    except UserError as error:
+        raise gr.Error(str(error), print_exception=False) from None
+
+
+def _read_upload(payload: Any) -> Picture | None:
+    if payload is None or not payload.path:
+        return None
+    with shown_errors():
+        return read_picture(payload.path)
+
+
+def store_image(image: np.ndarray) -> str:
+    """Return the path of a JPEG of an RGB image [H, W, 3], for the page to fetch."""
+    encoded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
+    return store_file(encoded.tobytes(), "picture.jpg")
+
+
+def store_file(data: bytes, name: str) -> str:
+    """Return the path of a file for the page to fetch.
+
+    Equal content shares one file that is never written twice: Gradio's own cache rewrites it, and whoever is
+    fetching the same result at that moment gets half of it.
+    """
+    folder = Path(get_upload_folder()) / hashlib.sha256(data).hexdigest()
+    path = folder / name
+    if path.exists():
+        path.touch()  # old files are deleted
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=folder, delete=False) as temporary:
+            temporary.write(data)
+        os.replace(temporary.name, path)
+    return str(path)
+
+
+def clear_on_failure(event: Any, upload: gr.Image) -> None:
+    """After a picture that could not be read, clear its place: the message is all that is left of it."""
+    event.failure(lambda: None, None, upload, api_visibility="private", show_progress="hidden")
+
+
+def samples_gallery(samples: SampleSet | None) -> gr.Dataset:
+    """Return the samples as thumbnails; a click hands over the number."""
+    files = [[str(samples.folder / sample.thumbnail)] for sample in samples.samples] if samples else []
+    return gr.Dataset(
+        components=[gr.Image(visible=False)],
+        samples=files,
+        type="index",
+        label="Or one of these",
+        layout="gallery",
+        samples_per_page=16,
+        elem_classes="samples",
+        visible=bool(files),
+    )
+
+
+def ask_for_picture() -> Updates:
+    """Tell somebody whose picture was forgotten, or who never chose one."""
+    gr.Info("Please choose a picture first: there is none, or it was not used for an hour.")
+    return gr.skip()

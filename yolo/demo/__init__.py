@@ -1,1 +1,0 @@
-"""The web app: what it computes, and its pages."""

@@ -1,0 +1,1 @@
+"""A run in the machine: the loop, its loaders, its state."""

@@ -1,0 +1,140 @@
+"""Launch the processes of a run, and what they say to one another."""
+
+import ctypes
+import os
+import platform
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric import Fabric
+from lightning.fabric.plugins import MixedPrecision
+from torch import Tensor
+
+from yolo.config import HardwareConfig
+from yolo.engine.stopping import StopRequest
+from yolo.errors import UsageError
+from yolo.inference.fast import cpu_computes_bf16
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h, see mallopt(3)
+
+
+def make_fabric(cfg: HardwareConfig) -> tuple[Fabric, torch.amp.GradScaler | None]:
+    """Return a launched Fabric and its gradient scaler (None unless the precision is 16-mixed).
+
+    Under torchrun the world is what torchrun says: left to itself, Fabric forms a world of one per process on
+    CPUs. The scaler is ours so that a checkpoint can hold it.
+    """
+    device = _device_type(cfg.accelerator)
+    if device == "cpu":
+        keep_freed_memory()
+    precision, _ = pick_precision(cfg.precision, device)
+    scaler = torch.amp.GradScaler(device) if precision == "16-mixed" else None
+    plugins = [MixedPrecision("16-mixed", device, scaler=scaler)] if scaler else None
+    devices, num_nodes = world(cfg)
+    fabric = Fabric(
+        accelerator=device,
+        devices=devices,
+        num_nodes=num_nodes,
+        precision=None if plugins else precision,  # type: ignore[arg-type]
+        plugins=plugins,  # type: ignore[arg-type]
+    )
+    fabric.launch()
+    return fabric, scaler
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory of freed tensors for the next ones, where malloc is glibc's.
+
+    As it comes, glibc gives large blocks back to the system, which clears their pages anew for each step.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(M_TOP_PAD, 2**28)
+
+
+def pick_precision(wanted: str, device: str) -> tuple[str, str]:
+    """Return the precision to use on a device type and, in words, why."""
+    if wanted != "auto":
+        return wanted, "as asked"
+    if device == "cuda":
+        return "16-mixed", "CUDA computes half precision several times faster"
+    if device == "cpu" and cpu_computes_bf16():
+        return "bf16-mixed", "this CPU has native bfloat16 instructions"
+    return "32-true", "this CPU has no native bfloat16 instructions"
+
+
+def world(cfg: HardwareConfig) -> tuple[int | str, int]:
+    """Return (devices per node, nodes): what torchrun or srun say, else the flags."""
+    environment = os.environ
+    if "LOCAL_WORLD_SIZE" in environment and "WORLD_SIZE" in environment:  # torchrun
+        local = int(environment["LOCAL_WORLD_SIZE"])
+        return local, int(environment["WORLD_SIZE"]) // local
+    if "SLURM_NTASKS_PER_NODE" in environment and "SLURM_NNODES" in environment:  # srun
+        return int(environment["SLURM_NTASKS_PER_NODE"]), int(environment["SLURM_NNODES"])
+    if cfg.devices == "auto":
+        return 1 if not torch.cuda.is_available() else "auto", cfg.num_nodes
+    return cfg.devices, cfg.num_nodes
+
+
+def sum_over_ranks(fabric: Fabric, values: Tensor) -> Tensor:
+    """Add up a tensor over all ranks, in place. Fabric's `all_reduce` would wait for the device."""
+    if fabric.world_size > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def gather(fabric: Fabric, value: Any) -> list[Any]:
+    """Return every rank's picklable value, in the order of ranks, on every rank."""
+    if fabric.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * fabric.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def agree(fabric: Fabric, *flags: bool) -> list[bool]:
+    """Return each flag as true if it is true on any rank: the same answer on all of them."""
+    if fabric.world_size == 1:
+        return list(flags)
+    votes = torch.tensor(flags, dtype=torch.int32)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=_cpu_group())  # asking the GPU would wait for it
+    return votes.bool().tolist()
+
+
+def agreed_reason(fabric: Fabric, stop: StopRequest) -> str | None:
+    """Return why to stop, the same on all ranks: the first rank's reason that has one."""
+    (stopping,) = agree(fabric, stop.reason is not None)
+    return next(reason for reason in gather(fabric, stop.reason) if reason) if stopping else None
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the most memory used so far: the GPU's, or this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+@cache
+def _cpu_group() -> Any:
+    if dist.get_backend() == "gloo":  # the ranks are connected that way already
+        return dist.group.WORLD
+    return dist.new_group(backend="gloo")
+
+
+def _device_type(accelerator: str) -> str:
+    if accelerator == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if accelerator not in ("cpu", "cuda"):
+        raise UsageError(f"--accelerator {accelerator}: want cpu, cuda or auto")
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--accelerator cuda: no CUDA device is visible to torch; want cpu or auto")
+    return accelerator

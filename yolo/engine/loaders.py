@@ -1,0 +1,73 @@
+"""The loaders of one rank: its share of the training order and of a test set."""
+
+from typing import Any
+
+from torch.utils.data import DataLoader, Subset
+
+from yolo.config import Config
+from yolo.data.samplers import MultiSizeBatchSampler
+from yolo.data.samples import init_worker
+from yolo.engine.fabric import Fabric, world
+from yolo.errors import UsageError
+from yolo.runs.provenance import available_cpus
+from yolo.tasks.build import Task, Test
+
+
+def make_sampler(fabric: Fabric, cfg: Config, num_samples: int) -> MultiSizeBatchSampler:
+    """Return this rank's share of the training order.
+
+    Raises:
+        UsageError: if ranks x grad_accum_steps does not divide the batch.
+    """
+    assert cfg.batch_size != "auto"
+    shares = fabric.world_size * cfg.grad_accum_steps
+    if cfg.batch_size % shares:
+        raise UsageError(
+            f"--batch-size {cfg.batch_size} cannot be shared by {fabric.world_size} rank(s) x "
+            f"--grad-accum-steps {cfg.grad_accum_steps}: choose a multiple of {shares}"
+        )
+    return MultiSizeBatchSampler(
+        num_samples,
+        cfg.batch_size,
+        cfg.img_sizes,
+        cfg.seed,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+        grad_accum_steps=cfg.grad_accum_steps,
+    )
+
+
+def make_train_loader(
+    fabric: Fabric, cfg: Config, task: Task, sampler: MultiSizeBatchSampler, start_method: str | None = None
+) -> DataLoader:
+    """Return the loader of micro-batches. Fabric's wrapper is left out: it would rebuild the sampler."""
+    return DataLoader(
+        task.train_samples,
+        batch_sampler=sampler,  # type: ignore[arg-type]
+        collate_fn=task.train_collate,
+        **_worker_settings(fabric, cfg, start_method),
+    )
+
+
+def make_test_loader(fabric: Fabric, cfg: Config, test: Test) -> DataLoader:
+    """Return this rank's share of a test set, every image exactly once over all ranks."""
+    share = range(fabric.global_rank, len(test.dataset), fabric.world_size)
+    batch_size = max(1, min(32, int(cfg.batch_size) // fabric.world_size)) if cfg.batch_size != "auto" else 16
+    return DataLoader(
+        Subset(test.samples, share),
+        batch_size=batch_size,
+        collate_fn=test.collate,
+        **{**_worker_settings(fabric, cfg), "persistent_workers": False},
+    )
+
+
+def _worker_settings(fabric: Fabric, cfg: Config, start_method: str | None = None) -> dict[str, Any]:
+    local_ranks = fabric.world_size // world(cfg)[1]
+    workers = max(1, available_cpus() // local_ranks) if cfg.workers == "auto" else cfg.workers
+    return {
+        "num_workers": workers,
+        "worker_init_fn": init_worker,
+        "pin_memory": fabric.device.type == "cuda",
+        "persistent_workers": workers > 0,
+        "multiprocessing_context": start_method if workers else None,
+    }

@@ -1,0 +1,213 @@
+"""The Fabric loop: one optimizer step after another, for any task, on any number of processes."""
+
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from yolo.config import Config
+from yolo.data.anchors import anchors_gained
+from yolo.data.samplers import MultiSizeBatchSampler
+from yolo.engine.fabric import Fabric, agree, agreed_reason, gather, pick_precision, sum_over_ranks
+from yolo.engine.meter import Meter
+from yolo.engine.state import State
+from yolo.engine.stopping import StopRequest
+from yolo.errors import UserError
+from yolo.runs.logbook import Progress
+from yolo.runs.provenance import hardware
+from yolo.runs.run import Run
+from yolo.schedule import Schedule, plan_schedule
+from yolo.tasks.build import Task, Test
+
+
+def plan(fabric: Fabric, cfg: Config, task: Task, sampler: MultiSizeBatchSampler) -> Schedule:
+    """Plan the one-cycle for this data set and this global batch."""
+    return plan_schedule(
+        cfg,
+        ranks=fabric.world_size,
+        dataset_size=len(task.train_set),
+        dataset_digest=task.train_set.digest(),
+        steps_per_epoch=len(sampler),
+    )
+
+
+def introduction(fabric: Fabric, cfg: Config, task: Task, run: Run) -> str:
+    """Say what is about to run, and where."""
+    precision, why = pick_precision(cfg.precision, fabric.device.type)
+    parameters = sum(parameter.numel() for parameter in task.model.parameters())
+    lines = [
+        f"run folder   {run.folder.path}",
+        f"data         {task.train_set.name}: {len(task.train_set)} images; test {task.test.dataset.name}: "
+        f"{len(task.test.dataset)} images; {len(task.class_names)} classes",
+        f"model        {type(task.model).__name__}, width {cfg.width:g}, {parameters:,} parameters",
+        f"hardware     {fabric.world_size} process(es) on {hardware(fabric.device)}; "
+        f"precision {precision}: {why}",
+        f"schedule     {len(run.schedule)} steps of batch {cfg.batch_size} at "
+        f"{','.join(map(str, cfg.img_sizes))} px, test at {cfg.resolved_test_size} px",
+    ]
+    gpus = torch.cuda.device_count() if fabric.device.type == "cuda" and cfg.devices != "auto" else 0
+    if gpus > fabric.world_size:
+        lines.append(f"hint         {gpus} GPUs are visible: --devices auto uses all of them")
+    if cfg.mosaic_prob > 0.75:
+        lines.append("hint         --mosaic-prob 0.5 to 0.75 is advised: no object in a mosaic is large")
+    if cfg.anchors == "auto" and task.anchors is not None:
+        lines += [f"anchors      {line}" for line in anchors_gained(task.train_set, cfg)]
+    for split in (task.train_set, task.test.dataset):
+        lines += [f"skipped      {defect}" for defect in split.skipped]
+    return "\n".join(lines)
+
+
+def optimizer_steps(loader: DataLoader, grad_accum_steps: int) -> Iterator[list[Any]]:
+    """Yield the micro-batches of one optimizer step after another."""
+    batches = iter(loader)
+    while micro_batches := list(islice(batches, grad_accum_steps)):
+        yield micro_batches
+
+
+def train_step(
+    fabric: Fabric, state: State, task: Task, micro_batches: Sequence[Any], *, lr: float, beta1: float
+) -> None:
+    """Make one optimizer step from the micro-batches of this rank; never waits for the device."""
+    cfg = task.config
+    images_on_device = [images.to(fabric.device, non_blocking=True) for images, _ in micro_batches]
+    assigned = [task.assign(targets, images.shape[-1]) for images, targets in micro_batches]
+    counts = sum_over_ranks(fabric, torch.stack([task.count(part) for part in assigned]).sum(0))
+    finite = torch.ones((), dtype=torch.bool, device=fabric.device)
+    for i, images in enumerate(images_on_device):
+        with fabric.no_backward_sync(state.model, enabled=i + 1 < len(micro_batches)):
+            losses = task.criterion(state.model(images), assigned[i], counts)
+            total = torch.stack(list(losses.values())).sum()
+            fabric.backward(total * fabric.world_size)  # DDP averages, the counts are global sums
+        finite &= total.detach().isfinite()
+        for name, loss in losses.items():
+            state.loss_sums[name] = state.loss_sums.get(name, 0.0) + loss.detach().double()
+    for group in state.optimizer.param_groups:
+        group["lr"], group["betas"] = lr, (beta1, group["betas"][1])
+    if state.scaler:
+        state.scaler.unscale_(state.optimizer.optimizer)
+    nn.utils.clip_grad_norm_(state.network.parameters(), cfg.max_norm)  # Fabric's refuses a fused optimizer
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.ema.update(state.network, state.step)
+    state.bad_steps = torch.where(finite, 0, state.bad_steps + 1)
+    state.step += 1
+    state.batch += 1
+
+
+def train_one_epoch(
+    fabric: Fabric,
+    state: State,
+    task: Task,
+    loader: DataLoader,
+    stop: StopRequest,
+    run: Run,
+) -> None:
+    """Train from the state's position to the end of its epoch, of the run, or until somebody asks to stop.
+
+    Raises:
+        UserError: if the loss is not finite for several steps, or the GPU's memory is exhausted.
+    """
+    cfg, schedule = task.config, run.schedule
+    sampler: MultiSizeBatchSampler = loader.batch_sampler  # type: ignore[assignment]
+    sampler.set_position(state.epoch, state.batch)
+    meter = Meter(fabric, cfg, state, run)
+    steps = meter.timed(optimizer_steps(loader, cfg.grad_accum_steps))
+    try:
+        for micro_batches in steps:
+            lr, beta1 = schedule.lr[state.step], schedule.beta1[state.step]
+            train_step(fabric, state, task, micro_batches, lr=lr, beta1=beta1)
+            meter.count(micro_batches)
+            if state.step % cfg.log_every == 0 or state.step == run.end:
+                meter.log()
+            if state.batch == len(sampler):
+                state.epoch, state.batch, state.evaluation_due = state.epoch + 1, 0, True
+            stopping, saving = agree(fabric, stop.reason is not None, run.save_is_due(state.step))
+            if state.step == run.end or stopping:
+                return
+            if saving and not state.evaluation_due:  # else the test comes first, and a save after it
+                run.save()
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"out of GPU memory at --img-sizes {max(cfg.img_sizes)} with --batch-size {cfg.batch_size}: "
+            "double --grad-accum-steps (the same batch in smaller parts), lower --batch-size, or drop the "
+            "largest of --img-sizes"
+        ) from None
+    finally:
+        meter.close()
+
+
+def evaluate_if_due(
+    fabric: Fabric, state: State, task: Task, loader: DataLoader, stop: StopRequest, run: Run
+) -> dict[str, Any] | None:
+    """Test the averaged weights at the end and every `eval_every` epochs; None if not due or stopped."""
+    cfg = task.config
+    at_end = state.step >= run.end
+    if not at_end and (not state.evaluation_due or state.epoch % cfg.eval_every):
+        state.evaluation_due = False
+        return None
+    full = at_end or (cfg.map_every != "last" and state.epoch % cfg.map_every == 0)
+    results = evaluate(fabric, state.ema.module, task.test, loader, full=full, stop=stop)
+    if results is None:
+        return None
+    state.evaluation_due = False
+    score = task.score(results)
+    run.record_evaluation(state, results, is_best=score > state.best_score)
+    state.best_score = max(score, state.best_score)
+    first_or_last = at_end or state.epoch <= cfg.eval_every
+    if fabric.is_global_zero and (state.epoch % cfg.plot_every == 0 if cfg.plot_every else first_or_last):
+        run.picture(
+            "test", task.test.picture(lambda images: predict(fabric, state.ema.module, images)), state.step
+        )
+    return results
+
+
+@torch.no_grad()
+def predict(fabric: Fabric, model: nn.Module, images: Tensor) -> Any:
+    """Run a bare network on a batch in the run's precision."""
+    with fabric.autocast():
+        return model(images.to(fabric.device, non_blocking=True))
+
+
+@torch.no_grad()
+def evaluate(
+    fabric: Fabric,
+    model: nn.Module,
+    test: Test,
+    loader: DataLoader,
+    *,
+    full: bool,
+    stop: StopRequest | None = None,
+    description: str = "test",
+) -> dict[str, Any] | None:
+    """Test a model on every rank's share and return the merged results on all ranks; None if stopped before.
+
+    Args:
+        fabric: as launched.
+        model: a bare network in eval mode, such as the EMA's.
+        test: the split and its metrics.
+        loader: this rank's share, from `make_test_loader`.
+        full: also compute what is slow (mAP).
+        stop: lets a signal end the test early.
+        description: of the progress bar.
+    """
+    for buffer in model.buffers() if fabric.world_size > 1 else ():
+        dist.broadcast(buffer, 0)  # each rank averaged the batch statistics that it saw; rank 0's are saved
+    metrics = test.metrics(full)
+    start = time.perf_counter()
+    progress = Progress(len(loader), description, fabric.is_global_zero)
+    common_batches = len(test.dataset) // fabric.world_size // (loader.batch_size or 1)  # that all ranks have
+    for i, (images, targets) in enumerate(loader):
+        if stop and i < common_batches and agreed_reason(fabric, stop):
+            return None
+        metrics.update(predict(fabric, model, images), targets)
+        progress.update()
+    progress.close()
+    metrics.merge(gather(fabric, metrics.state()))
+    results = {"image_count": len(test.dataset), **metrics.compute()} if fabric.is_global_zero else {}
+    results["seconds"] = time.perf_counter() - start
+    return fabric.broadcast(results)

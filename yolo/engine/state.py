@@ -1,0 +1,111 @@
+"""Everything that changes while training: the networks, the optimizer, and how far they are."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from yolo.config import Config
+from yolo.engine.ema import Ema
+from yolo.engine.fabric import Fabric, gather
+from yolo.inference.fast import require_compiler
+from yolo.tasks.build import Task
+
+
+@dataclass
+class State:
+    """Everything that changes while training, and therefore everything that a checkpoint holds."""
+
+    fabric: Fabric
+    network: nn.Module  # the bare network: its weights are what is saved
+    model: Any  # the same, as Fabric wrapped it
+    optimizer: Any
+    ema: Ema
+    scaler: torch.amp.GradScaler | None
+    bad_steps: Tensor  # consecutive steps whose loss was not finite, on this rank
+    loss_sums: dict[str, Tensor] = field(default_factory=dict)  # of this rank, since the last log line
+    logged_scale: float = 1.0  # the scaler's factor at the last log line
+    step: int = 0  # optimizer steps done
+    epoch: int = 0
+    batch: int = 0  # optimizer steps done within the epoch
+    evaluation_due: bool = False  # an epoch has ended and was not tested yet
+    best_score: float = -1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and plain types only. Every rank has to call it: each adds its own loss sums."""
+        return {
+            "model": self.network.state_dict(),
+            "ema": self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "loss_sums": gather(self.fabric, {name: float(value) for name, value in self.loss_sums.items()}),
+            "logged_scale": self.logged_scale,
+            "step": self.step,
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "evaluation_due": self.evaluation_due,
+            "best_score": self.best_score,
+        }
+
+    def load_state_dict(self, content: dict[str, Any]) -> list[str]:
+        """Take over what `state_dict` returned; return notices worth printing."""
+        self.network.load_state_dict(content["model"])
+        self.ema.module.load_state_dict(content["ema"])
+        own_groups = self.optimizer.state_dict()["param_groups"]  # the flags of this start
+        self.optimizer.load_state_dict({**content["optimizer"], "param_groups": own_groups})
+        for name in ("step", "epoch", "batch", "evaluation_due", "best_score"):
+            setattr(self, name, content[name])
+        self.loss_sums = self._own_loss_sums(content["loss_sums"])
+        if (self.scaler is None) != (content["scaler"] is None):
+            return ["the checkpoint was made in another precision: the gradient scaler starts fresh"]
+        if self.scaler is not None:
+            self.scaler.load_state_dict(content["scaler"])
+            self.logged_scale = content["logged_scale"]
+        return []
+
+    def _own_loss_sums(self, by_rank: list[dict[str, float]]) -> dict[str, Tensor]:
+        rank, world_size = self.fabric.global_rank, self.fabric.world_size
+        mine = by_rank[rank::world_size]  # all of them, whatever the number of ranks was
+        device = self.bad_steps.device
+        return {
+            name: torch.tensor(sum(sums[name] for sums in mine), dtype=torch.float64, device=device)
+            for name in by_rank[0]
+        }
+
+    def is_finite(self) -> Tensor:
+        """Return, on the device, whether all weights and batch statistics are finite, averaged ones included.
+
+        A loss can look well again after an overflow; the statistics that it went into do not recover.
+        """
+        values = [*self.network.state_dict().values(), *self.ema.module.state_dict().values()]
+        return torch.stack([value.isfinite().all() for value in values if value.is_floating_point()]).all()
+
+
+def make_state(fabric: Fabric, scaler: torch.amp.GradScaler | None, cfg: Config, task: Task) -> State:
+    """Move the task to the device, wrap the model and build optimizer and EMA."""
+    network = task.model
+    if cfg.sync_batchnorm and fabric.world_size > 1:
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    network = network.to(fabric.device).to(memory_format=torch.channels_last)
+    task.criterion.to(fabric.device)
+    ema = Ema(network, cfg.ema_decay)
+    optimizer = make_optimizer(network, cfg)
+    if cfg.compile:
+        require_compiler()
+    runnable: Any = torch.compile(network, dynamic=False) if cfg.compile else network
+    model, optimizer = fabric.setup(runnable, optimizer)
+    zero = torch.zeros((), dtype=torch.int64, device=fabric.device)
+    scale = scaler.get_scale() if scaler else 1.0
+    return State(fabric, network, model, optimizer, ema, scaler, zero, logged_scale=scale)
+
+
+def make_optimizer(network: nn.Module, cfg: Config) -> torch.optim.Adam:
+    """Return Adam; only weights of two or more dimensions decay. The schedule sets its rate.
+
+    It is fused: with a gradient scaler, only then is a step that overflowed left out without asking the GPU.
+    """
+    weights = [parameter for parameter in network.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in network.parameters() if parameter.ndim <= 1]
+    groups = [{"params": weights, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.Adam(groups, fused=True)

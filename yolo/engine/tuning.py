@@ -1,0 +1,225 @@
+"""What a run finds out by trying before its schedule is planned: a batch that fits, a good learning rate.
+
+The learning-rate range test is Smith's (arXiv:1506.01186): train briefly while the rate rises exponentially,
+and look where the loss is lowest before it diverges. Both work on a copy: the run itself starts untouched.
+"""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from yolo.config import Config
+from yolo.data.samplers import MultiSizeBatchSampler
+from yolo.engine.fabric import Fabric, gather, sum_over_ranks
+from yolo.engine.loaders import make_sampler, make_train_loader
+from yolo.engine.loop import optimizer_steps, train_step
+from yolo.engine.state import make_optimizer, make_state
+from yolo.errors import UserError
+from yolo.files import replacing
+from yolo.runs.logbook import Progress
+from yolo.tasks.build import Task
+
+GPU_BATCH, CPU_BATCH = 256, 16  # largest micro-batches that are tried
+RANGE_STEPS = 100
+LOWEST_LR, HIGHEST_LR = 1e-7, 1.0
+BETA1 = 0.9
+SMOOTHING = 0.9  # weight of the past in the smoothed loss
+DIVERGED = 4.0  # times the lowest smoothed loss
+
+
+def settle(
+    fabric: Fabric,
+    scaler: torch.amp.GradScaler | None,
+    task: Task,
+    folder: Path,
+    earlier: Mapping[str, Any],
+) -> Task:
+    """Replace `auto` in the task's configuration by the numbers of an `earlier` start, or found now."""
+    cfg = task.config
+    if cfg.batch_size == "auto":
+        batch_size = earlier.get("batch_size") or find_batch_size(fabric, cfg, task)
+        fabric.print(f"--batch-size auto: {batch_size}")
+        cfg = dataclasses.replace(cfg, batch_size=batch_size)
+    task = dataclasses.replace(task, config=cfg)
+    if cfg.max_lr == "auto":
+        max_lr = earlier.get("max_lr") or find_max_lr(fabric, scaler, task, folder)
+        fabric.print(f"--max-lr auto: {max_lr}")
+        cfg = dataclasses.replace(cfg, max_lr=max_lr)
+    return dataclasses.replace(task, config=cfg)
+
+
+@dataclass(frozen=True)
+class LrRange:
+    """The curve of a range test: one row per optimizer step."""
+
+    lr: tuple[float, ...]
+    loss: tuple[float, ...]
+    smoothed: tuple[float, ...]
+
+    @property
+    def proposal(self) -> float:
+        """A tenth of the rate at the lowest smoothed loss: at the lowest point itself it is too late."""
+        best = min(range(len(self.lr)), key=self.smoothed.__getitem__)
+        return float(f"{self.lr[best] / 10:.1e}")
+
+
+def find_max_lr(fabric: Fabric, scaler: torch.amp.GradScaler | None, task: Task, folder: Path) -> float:
+    """Run the range test, write `lr_range.txt` and `.png` to `folder`; return the proposal.
+
+    Raises:
+        UserError: if the loss is never finite.
+    """
+    curve = run_range_test(fabric, scaler, task)
+    if fabric.is_global_zero:
+        _write_curve(curve, folder / "lr_range.txt")
+        _plot_curve(curve, folder / "lr_range.png")
+    fabric.print(f"learning-rate range test: try --max-lr {curve.proposal} (see {folder / 'lr_range.png'})")
+    return curve.proposal
+
+
+def run_range_test(fabric: Fabric, scaler: torch.amp.GradScaler | None, task: Task) -> LrRange:
+    """Train a copy of the model while the learning rate rises; stop when the loss has diverged."""
+    _move_to_device(fabric, task)
+    trial = dataclasses.replace(task, model=copy.deepcopy(task.model))
+    scaler_before = copy.deepcopy(scaler.state_dict()) if scaler else None
+    state = make_state(fabric, scaler, task.config, trial)
+    rates = rising_rates(RANGE_STEPS)
+    losses: list[float] = []
+    progress = Progress(RANGE_STEPS, "learning-rate range test", fabric.is_global_zero)
+    for lr, micro_batches in zip(rates, _endless_steps(fabric, trial), strict=False):
+        train_step(fabric, state, trial, micro_batches, lr=lr, beta1=BETA1)
+        loss = float(sum_over_ranks(fabric, torch.stack([*state.loss_sums.values()]).sum()))
+        state.loss_sums.clear()
+        progress.update()
+        if not math.isfinite(loss) or (losses and loss > DIVERGED * min(smooth(losses))):
+            break
+        losses.append(loss)
+    progress.close()
+    if scaler and scaler_before:
+        scaler.load_state_dict(scaler_before)
+    if not losses:
+        raise UserError(
+            f"the loss is not finite even at --max-lr {LOWEST_LR}: check the data with --check-data"
+        )
+    return LrRange(tuple(rates[: len(losses)]), tuple(losses), tuple(smooth(losses)))
+
+
+def smooth(losses: list[float]) -> list[float]:
+    """Return the exponential moving average of the losses, corrected for its start at zero (as Adam does)."""
+    average, smoothed = 0.0, []
+    for count, loss in enumerate(losses, start=1):
+        average = SMOOTHING * average + (1 - SMOOTHING) * loss
+        smoothed.append(average / (1 - SMOOTHING**count))
+    return smoothed
+
+
+def find_batch_size(fabric: Fabric, cfg: Config, task: Task, largest: int | None = None) -> int:
+    """Return the largest global batch whose micro-batches fit on every rank at the largest image size.
+
+    Micro-batches are powers of two up to `largest`: 256, or 16 without a GPU, where more does not pay.
+
+    Raises:
+        UserError: if not even one image fits.
+    """
+    from accelerate.utils import find_executable_batch_size
+
+    _move_to_device(fabric, task)
+    top = largest or (GPU_BATCH if fabric.device.type == "cuda" else CPU_BATCH)
+    sizes = [2**power for power in range(int(math.log2(top)), -1, -1)]
+    smaller = iter([*sizes[1:], 0])
+
+    @find_executable_batch_size(starting_batch_size=sizes[0], reduce_batch_size_fn=lambda: next(smaller))
+    def largest_fitting(batch_size: int) -> int:
+        _try_micro_batch(fabric, cfg, task, batch_size)
+        return batch_size
+
+    try:
+        found = largest_fitting()
+    except RuntimeError as error:
+        if "No executable batch size" not in str(error):
+            raise
+        found = 0
+    micro_batch = min(gather(fabric, found))
+    if micro_batch == 0:
+        raise UserError(
+            f"not even one image of --img-sizes {max(cfg.img_sizes)} fits into memory: choose smaller "
+            "--img-sizes or --width"
+        )
+    return micro_batch * fabric.world_size * cfg.grad_accum_steps
+
+
+def _move_to_device(fabric: Fabric, task: Task) -> None:
+    """Targets are assigned where the criterion or, for a classifier, the model lies."""
+    task.model.to(fabric.device)
+    task.criterion.to(fabric.device)
+
+
+def _try_micro_batch(fabric: Fabric, cfg: Config, task: Task, batch_size: int) -> None:
+    """Make two optimizer steps at the largest image size: the second one holds Adam's state as well."""
+    images, targets = _repeated_batch(cfg, task, batch_size)
+    network = copy.deepcopy(task.model).to(fabric.device).to(memory_format=torch.channels_last)
+    optimizer = make_optimizer(network, cfg)
+    for _ in range(2):
+        assigned = task.assign(targets, images.shape[-1])
+        with fabric.autocast():
+            losses = task.criterion(network(images.to(fabric.device)), assigned, task.count(assigned))
+        torch.stack(list(losses.values())).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _repeated_batch(cfg: Config, task: Task, batch_size: int) -> Any:
+    """Collate `batch_size` samples of the largest size, few of them distinct to save time."""
+    distinct = MultiSizeBatchSampler(len(task.train_set), min(batch_size, 4), (max(cfg.img_sizes),), cfg.seed)
+    samples = [task.train_samples[key] for key in next(iter(distinct))]
+    return task.train_collate((samples * batch_size)[:batch_size])
+
+
+def _endless_steps(fabric: Fabric, task: Task) -> Iterator[list[Any]]:
+    cfg = task.config
+    sampler = make_sampler(fabric, cfg, len(task.train_set))
+    loader = make_train_loader(fabric, cfg, task, sampler)
+    epoch = 0
+    while True:
+        sampler.set_position(epoch, 0)
+        yield from optimizer_steps(loader, cfg.grad_accum_steps)
+        epoch += 1
+
+
+def rising_rates(steps: int) -> list[float]:
+    """Return `steps` learning rates from the lowest to the highest, evenly spaced on a log scale."""
+    growth = (HIGHEST_LR / LOWEST_LR) ** (1 / max(1, steps - 1))
+    return [LOWEST_LR * growth**step for step in range(steps)]
+
+
+def _write_curve(curve: LrRange, path: Path) -> None:
+    rows = zip(curve.lr, curve.loss, curve.smoothed, strict=True)
+    lines = [f"{lr!r} {loss!r} {smoothed!r}" for lr, loss, smoothed in rows]
+    with replacing(path) as temporary:
+        temporary.write_text(
+            "\n".join([f"# proposed max_lr {curve.proposal}", "# lr loss smoothed", *lines]) + "\n"
+        )
+
+
+def _plot_curve(curve: LrRange, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.add_subplot(
+        xlabel="learning rate", ylabel="loss", xscale="log", title="Learning-rate range test"
+    )
+    axes.plot(curve.lr, curve.loss, color="tab:blue", alpha=0.3, label="loss")
+    axes.plot(curve.lr, curve.smoothed, color="tab:blue", label="smoothed")
+    axes.axvline(
+        curve.proposal, color="tab:orange", linestyle="--", label=f"proposed --max-lr {curve.proposal}"
+    )
+    axes.set_ylim(0, 2 * curve.smoothed[0])
+    axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

@@ -1,0 +1,128 @@
+"""What a run writes while it learns: `metrics.jsonl`, TensorBoard events, a bar or lines."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from yolo.files import replacing
+
+HEADLINES = {
+    "class_accuracy": "class accuracy",
+    "no_object_accuracy": "no-object accuracy (objectness > 0.05)",
+    "object_accuracy": "object accuracy (objectness > 0.05)",
+    "no_object_accuracy_at_0.5": "no-object accuracy (objectness > 0.5)",
+    "object_accuracy_at_0.5": "object accuracy (objectness > 0.5)",
+    "accuracy": "accuracy",
+    "map_50": "mAP@0.5 (area)",
+    "map_50_11pt": "mAP@0.5 (11 points)",
+    "map_50_95": "mAP@0.5:0.95",
+}
+TIMINGS = frozenset({"seconds", "images_per_second", "data_wait_share", "peak_memory_gib"})
+
+
+class Logbook:
+    """Rank 0's records. What a start of the run before this one wrote too far is cut: no step is doubled."""
+
+    def __init__(self, run_dir: Path, step: int = 0, evaluation_due: bool = False) -> None:
+        """Open the records of `run_dir`.
+
+        Args:
+            run_dir: folder of the run.
+            step: number of optimizer steps done.
+            evaluation_due: whether the test after that step is still to come, or to be repeated.
+        """
+        self.path = run_dir / "metrics.jsonl"
+        _cut(self.path, step, evaluation_due)
+        self._file = self.path.open("a")
+        self.tensorboard = SummaryWriter(str(run_dir), purge_step=step + 1)
+
+    def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Append a line `{"kind": "train" | "evaluation", "step": ...}`; numbers go to TensorBoard."""
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float) and name != "epoch":
+                self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
+
+    def picture(self, name: str, image: np.ndarray, step: int) -> None:
+        """Show an RGB uint8 image [H, W, 3] in TensorBoard."""
+        self.tensorboard.add_image(name, image, step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Write what is still buffered, so that a checkpoint never knows more than the records."""
+        self._file.flush()
+        self.tensorboard.flush()
+
+    def close(self) -> None:
+        """Write what is still buffered, and end."""
+        self._file.close()
+        self.tensorboard.close()
+
+
+class Progress:
+    """A progress bar on a terminal, plain lines elsewhere, silent on ranks that do not print."""
+
+    def __init__(self, total: int, description: str, enabled: bool) -> None:
+        self.enabled = enabled
+        self.description = description
+        interactive = enabled and sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total, desc=description, disable=not interactive, leave=False, dynamic_ncols=True
+        )
+        self._plain = enabled and not interactive
+
+    def update(self, count: int = 1) -> None:
+        """Advance the bar."""
+        self._bar.update(count)
+
+    def note(self, text: str) -> None:
+        """Show the latest numbers beside the bar, or print them as a line."""
+        self._bar.set_postfix_str(text, refresh=False)
+        if self._plain:
+            print(f"{self.description}: {text}", flush=True)
+
+    def close(self) -> None:
+        """Remove the bar."""
+        self._bar.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a `metrics.jsonl`; a last line that a crash cut short is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def duration(seconds: float) -> str:
+    """Write seconds as `45s`, `12m05s` or `3h07m`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+def summary_lines(results: dict[str, Any], rows: list[tuple[str, Any]]) -> list[str]:
+    """Return a closing table: the headline results that are there, then `rows`."""
+    table = [
+        (title, f"{results[key]:.4f}") for key, title in HEADLINES.items() if results.get(key) is not None
+    ]
+    table += [(title, str(value)) for title, value in rows]
+    width = max(len(title) for title, _ in table)
+    return [f"  {title:<{width}}  {value}" for title, value in table]
+
+
+def _cut(path: Path, last_step: int, evaluation_due: bool) -> None:
+    last = {"train": last_step, "evaluation": last_step - evaluation_due}
+    kept = [line for line in read_metrics(path) if line["step"] <= last[line["kind"]]]
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))

@@ -1,0 +1,114 @@
+"""An evaluation on the disk and on the terminal: `results.json`, plots, TensorBoard, a table."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+from torch.utils.tensorboard import SummaryWriter
+
+from yolo.config import AugmentConfig, Config
+from yolo.data.dataset import DetectionDataset
+from yolo.data.samplers import SampleKey
+from yolo.data.samples import MosaicCollate, TrainSample, TrainSamples
+from yolo.files import replacing
+from yolo.runs.logbook import summary_lines
+from yolo.tasks.build import Test
+from yolo.viz.figures import evaluation_figures, save_figures
+
+
+class MosaicSamples(Dataset[TrainSample]):
+    """Test images composed by four, as in training but without augmentation; the same at each call."""
+
+    def __init__(self, dataset: DetectionDataset, cfg: Config) -> None:
+        self.samples = TrainSamples(dataset, cfg, cfg.seed)
+        self.img_size = cfg.resolved_test_size
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> TrainSample:
+        """Return mosaic number `index`."""
+        return self.samples[SampleKey(0, index, self.img_size)]
+
+
+def on_mosaics(test: Test, config: Config) -> Test:
+    """Return the same split shown as mosaics; mAP needs whole images, so only the cells are measured."""
+    plain = {field.name: 0.0 for field in dataclasses.fields(AugmentConfig) if field.name.startswith("aug_")}
+    config = dataclasses.replace(config, mosaic_prob=1.0, mosaic_off_epochs=0, **plain)  # type: ignore[arg-type]
+    return dataclasses.replace(
+        test,
+        loader="mosaics of four test images",
+        samples=MosaicSamples(test.dataset, config),
+        collate=MosaicCollate(config, config.seed),
+        metrics=lambda full: test.metrics(False),
+    )
+
+
+def write_evaluation(folder: Path, results: Mapping[str, Any], pictures: Mapping[str, np.ndarray]) -> None:
+    """Write `results.json`, every figure and picture to `plots/`, and all of it as TensorBoard events."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "results.json") as temporary:
+        temporary.write_text(json.dumps(results, indent=1))
+    images = {**evaluation_figures(results), **pictures}
+    save_figures(images, folder / "plots")
+    with SummaryWriter(str(folder)) as tensorboard:
+        for name, value in results.items():
+            if isinstance(value, float):
+                tensorboard.add_scalar(f"evaluation/{name}", value, results.get("step") or 0)
+        for name, image in images.items():
+            tensorboard.add_image(name, image, results.get("step") or 0, dataformats="HWC")
+
+
+def table(results: dict[str, Any], rows: list[tuple[str, Any]]) -> str:
+    """Return everything a person wants to read: headlines, classes, sizes, errors, calibration, `rows`."""
+    shown, calibration = results.get("shown"), results.get("calibration")
+    if shown and shown["precision"] is not None:
+        at = f"shown (score >= {shown['score_threshold']})"
+        recall = "-" if shown["recall"] is None else f"{shown['recall']:.3f}"
+        rows = [(at, f"precision {shown['precision']:.3f}, recall {recall}"), *rows]
+    if calibration and calibration["expected_error"] is not None:
+        rows = [("calibration error (ECE)", f"{calibration['expected_error']:.4f}"), *rows]
+    if undefined := results.get("classes_without_objects"):
+        rows = [("without objects (AP undefined)", ", ".join(undefined)), *rows]
+    blocks = ["\n".join(summary_lines(results, rows))]
+    if results.get("map_50") is not None:
+        parts = (_class_lines, _size_lines, _error_lines)
+        blocks += ["\n".join(lines(results)) for lines in parts]
+    elif "accuracy" in results:
+        blocks.append("\n".join(_accuracy_lines(results)))
+    return "\n\n".join(blocks)
+
+
+def _class_lines(results: Mapping[str, Any]) -> Iterator[str]:
+    width = max(map(len, [*results["per_class"], "class"]))
+    yield f"  {'class':<{width}}  objects   AP@0.5  11-point  0.5:0.95"
+    for name, row in results["per_class"].items():
+        scores = "".join(_cell(row[key], 10) for key in ("ap_50_11pt", "ap_50_95"))
+        yield f"  {name:<{width}} {row['objects']:>8} {_cell(row['ap_50'], 8)}{scores}"
+
+
+def _accuracy_lines(results: Mapping[str, Any]) -> Iterator[str]:
+    width = max(map(len, [*results["per_class"], "class"]))
+    yield f"  {'class':<{width}}   images  accuracy"
+    for name, row in results["per_class"].items():
+        yield f"  {name:<{width}} {row['images']:>8} {_cell(row['accuracy'], 9)}"
+
+
+def _size_lines(results: Mapping[str, Any]) -> Iterator[str]:
+    yield "  size     objects   AP@0.5  0.5:0.95"
+    for name, row in results["by_size"].items():
+        yield f"  {name:<7} {row['objects']:>8} {_cell(row['ap_50'], 8)}{_cell(row['ap_50_95'], 10)}"
+
+
+def _error_lines(results: Mapping[str, Any]) -> Iterator[str]:
+    yield "  error             count   mAP@0.5 it costs"
+    for name, row in results["errors"].items():
+        yield f"  {name.replace('_', ' '):<15} {row['count']:>7} {_cell(row['map_cost'], 18)}"
+
+
+def _cell(value: float | None, width: int) -> str:
+    return f"{'-' if value is None else f'{value:.4f}':>{width}}"

@@ -1,0 +1,1 @@
+"""What is learned: detection or classification."""

@@ -1,0 +1,116 @@
+"""A detector's worst errors as pictures: confident false positives, and large objects that it misses."""
+
+import cv2
+import numpy as np
+
+from yolo.data.dataset import DetectionDataset
+from yolo.metrics.average_precision import Matching
+from yolo.metrics.errors import (
+    BACKGROUND_IOU,
+    CLASSIFICATION,
+    KINDS,
+    Errors,
+    find_errors,
+    largest_misses,
+    worst_false_positives,
+)
+from yolo.metrics.matching import Detections, Objects, match_voc, paired_iou
+from yolo.metrics.report import SHOWN_SCORE
+from yolo.viz.figures import picture_grid
+
+GRID_PICTURES = 12
+TILE = 240  # pixels
+FOUND, TRUE, PAPER = (230, 60, 50), (60, 200, 90), (255, 255, 255)  # RGB of detections, objects, nothing
+
+
+def error_grids(
+    dataset: DetectionDataset, detections: Detections, objects: Objects, matching: Matching
+) -> dict[str, np.ndarray]:
+    """Show the most confident false positives and the largest objects that nobody would be shown.
+
+    Args:
+        dataset: the images.
+        detections: by falling score.
+        objects: annotated in the same images.
+        matching: as for the mAP.
+
+    Returns:
+        RGB images by name, without those that would be empty.
+    """
+    matches = match_voc(detections, objects, strict=matching == "devkit")
+    errors = find_errors(detections, objects, matches)
+    false_positives = []
+    for row in worst_false_positives(errors, GRID_PICTURES):
+        one = detections.at(np.array([row]))
+        name, image = dataset.class_names[one.labels[0]], int(one.images[0])
+        caption = f"{name} ({one.scores[0]:.0%}): {_say(errors, row, objects, dataset)}"
+        caption += f"\nimage {dataset.image_ids[image]}"
+        false_positives.append((_tile(dataset, image, one.boxes[0], one, objects), caption))
+    shown = detections.at(detections.scores >= SHOWN_SCORE)
+    found = match_voc(shown, objects, strict=matching == "devkit").objects[0]
+    misses = []
+    for row in largest_misses(objects, found, GRID_PICTURES):
+        image = int(objects.images[row])
+        in_image = shown.at(shown.images == image)
+        name, nearest = (
+            dataset.class_names[objects.labels[row]],
+            _nearest(in_image, objects.boxes[row], dataset),
+        )
+        caption = f"{name}; found: {nearest}\nimage {dataset.image_ids[image]}"
+        misses.append((_tile(dataset, image, objects.boxes[row], in_image, objects), caption))
+    grids = {}
+    if false_positives:
+        title = "The most confident false positives (red), and what is there (green)"
+        grids["false_positives"] = picture_grid(false_positives, title)
+    if misses:
+        title = f"The largest objects (green) not found at a score of {SHOWN_SCORE}, and what was (red)"
+        grids["misses"] = picture_grid(misses, title)
+    return grids
+
+
+def _say(errors: Errors, row: int, objects: Objects, dataset: DetectionDataset) -> str:
+    """Name the kind of error and, of a wrong class, the right one."""
+    kind = errors.kinds[row]
+    truth = (
+        f", is {dataset.class_names[objects.labels[errors.targets[row]]]}" if kind == CLASSIFICATION else ""
+    )
+    return KINDS[kind] + truth
+
+
+def _nearest(detections: Detections, box: np.ndarray, dataset: DetectionDataset) -> str:
+    """Say which detection of an image overlaps a box most."""
+    iou = paired_iou(detections.boxes, np.broadcast_to(box, detections.boxes.shape))
+    if iou.max(initial=0) < BACKGROUND_IOU:
+        return "nothing"
+    best = int(iou.argmax())
+    name = dataset.class_names[detections.labels[best]]
+    return f"{name} ({detections.scores[best]:.0%}, IoU {iou[best]:.2f})"
+
+
+def _tile(
+    dataset: DetectionDataset, image_index: int, focus: np.ndarray, detections: Detections, objects: Objects
+) -> np.ndarray:
+    """Cut the surroundings of a box out of its image, with the objects and detections in it."""
+    image = dataset.image(image_index)
+    scale = image.shape[1] / dataset.annotation(image_index).width  # a cached image may be smaller
+    left, top, right, bottom = _surroundings(focus * scale, image.shape[1], image.shape[0])
+    zoom = TILE / max(right - left, bottom - top)
+    size = [max(1, round(side * zoom)) for side in (right - left, bottom - top)]
+    smooth = cv2.INTER_CUBIC if zoom > 1 else cv2.INTER_AREA
+    tile = cv2.resize(image[top:bottom, left:right], size, interpolation=smooth)
+    for items, color in ((objects, TRUE), (detections, FOUND)):
+        for box in items.boxes[items.images == image_index]:
+            corners = ((box * scale - [left, top] * 2) * zoom).round().astype(int).tolist()
+            thickness = 2 if np.array_equal(box, focus) else 1
+            cv2.rectangle(tile, corners[:2], corners[2:], color, thickness, cv2.LINE_AA)
+    right_of_image, below_image = TILE - size[0], TILE - size[1]
+    return cv2.copyMakeBorder(tile, 0, below_image, 0, right_of_image, cv2.BORDER_CONSTANT, value=PAPER)
+
+
+def _surroundings(box: np.ndarray, width: int, height: int) -> tuple[int, int, int, int]:
+    """Return a square window around a box, 1.6 times its longer side, clipped to the image."""
+    half = max(24.0, 0.8 * float((box[2:] - box[:2]).max()))
+    centre = (box[:2] + box[2:]) / 2
+    left, top = (int(np.clip(c - half, 0, side - 1)) for c, side in zip(centre, (width, height), strict=True))
+    right, bottom = (int(np.clip(c + half, 1, side)) for c, side in zip(centre, (width, height), strict=True))
+    return left, top, max(right, left + 1), max(bottom, top + 1)
