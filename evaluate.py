@@ -154,8 +154,12 @@ def measure(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
     if args.write_detections and found:
         folder = Path(args.write_detections)
         write_detections(folder, found.detections(), test.dataset, cfg.split.split(":")[-1])
-    mistakes = test.mistakes(loaded.model, metrics)
-    pictures = {} if mistakes is None else {"mistakes": mistakes}
+    pictures = {}
+    if loaded.task == "classification":
+        from yolo.explain.misclassified import mistake_grid
+
+        if (grid := mistake_grid(loaded.model, test.dataset, metrics)) is not None:
+            pictures["mistakes"] = grid
     report(args, results, test.dataset, *((found.detections(), found.objects()) if found else ()), **pictures)
     return 0
 

@@ -15,6 +15,7 @@ import app
 from yolo.app import space
 from yolo.app.about import classes_html, model_card, model_name, results_markdown
 from yolo.app.detector import (
+    MAX_DETECTIONS,
     Detector,
     Finding,
     MapSettings,
@@ -375,4 +376,4 @@ def test_two_models_of_one_task_are_refused(tmp_path: Path):
 
 
 def test_shown_detections_are_bounded(detector: Detector, view: View):
-    assert len(detector.findings(view, Thresholds(0.0001, 1.0))) == detector.MAX_DETECTIONS
+    assert len(detector.findings(view, Thresholds(0.0001, 1.0))) == MAX_DETECTIONS

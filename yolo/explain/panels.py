@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from yolo.boxes import boxes_from_letterbox
 from yolo.errors import UsageError, UserError
-from yolo.explain.cam import Explanation, Trace, cam
+from yolo.explain import cam
+from yolo.explain.cam import Explanation, Trace
 from yolo.files import replacing
 from yolo.models.resnet import ResNet
 from yolo.models.yolov3 import YoloV3, postprocess

@@ -72,7 +72,6 @@ class Test:
     collate: Callable
     metrics: Callable[[bool], Metrics]  # (with everything that is slow?) -> a fresh accumulator
     picture: Callable[[Callable[[Tensor], Any]], np.ndarray]  # (runs the model) -> RGB picture of predictions
-    mistakes: Callable[[Any, Any], np.ndarray | None]  # (tested model, its metrics) -> RGB picture
 
 
 @dataclass(frozen=True)
@@ -206,7 +205,6 @@ def _detection_test(config: Config, test_set: Any, anchors: Tensor) -> Test:
         collate=plain_collate,
         metrics=lambda full: DetectionEvaluation(config, anchors, test_set, with_map=full),
         picture=lambda predict: _draw_detections(config, anchors, test_set, predict),
-        mistakes=lambda model, metrics: None,  # drawn without the model by `yolo.viz.error_grids`
     )
 
 
@@ -243,7 +241,6 @@ def _classification_test(config: Config, test_set: Any) -> Test:
         collate=labelled_samples.collate_images,
         metrics=lambda full: ClassificationMetrics(test_set.class_names),
         picture=lambda predict: _draw_classes(test_set, predict),
-        mistakes=lambda model, metrics: _draw_mistakes(model, test_set, metrics),
     )
 
 
@@ -294,14 +291,6 @@ def _draw_classes(test_set: Any, predict: Callable[[Tensor], Any]) -> np.ndarray
             for image, color in zip(images, frames, strict=True)
         ]
     )
-
-
-def _draw_mistakes(model: ResNet, test_set: Any, metrics: ClassificationMetrics) -> np.ndarray | None:
-    from yolo.explain.misclassified import (
-        mistake_grid,  # its pytorch-grad-cam would slow down the start of every training
-    )
-
-    return mistake_grid(model, test_set, metrics)
 
 
 def _tile(pictures: Sequence[np.ndarray]) -> np.ndarray:
