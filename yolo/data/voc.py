@@ -96,17 +96,22 @@ def _read_ids(folder: Path, subset: str) -> list[str]:
     return ids
 
 
-def _read_xml(folder: Path, image_id: str) -> RawImage:
-    path = folder / "Annotations" / f"{image_id}.xml"
+def parse_xml(path: Path) -> Element:
+    """Return the root of an annotation file; raises `UserError`, naming the file, if it cannot be read."""
     try:
-        root = parse(path).getroot()
+        return parse(path).getroot()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ParseError, DefusedXmlException, ValueError) as error:
         raise UserError(f"{path}: is no valid XML ({error})") from None
+
+
+def _read_xml(folder: Path, image_id: str) -> RawImage:
+    path = folder / "Annotations" / f"{image_id}.xml"
+    root = parse_xml(path)
     image = find_image(folder / "JPEGImages", image_id)
     try:
-        height, width = _size(root) or header_size(image)
+        height, width = annotated_size(root) or header_size(image)
         objects = [_object(node) for node in root.iter("object")]
     except (ValueError, TypeError, AttributeError):
         raise UserError(
@@ -115,8 +120,8 @@ def _read_xml(folder: Path, image_id: str) -> RawImage:
     return RawImage(image_id, image, path, height, width, objects)
 
 
-def _size(root: Element) -> tuple[int, int] | None:
-    """Return (height, width), or None where the tool did not fill it in."""
+def annotated_size(root: Element) -> tuple[int, int] | None:
+    """Return (height, width), or None where the tool did not fill it in; `ValueError` if no numbers."""
     height, width = root.findtext("size/height"), root.findtext("size/width")
     if not height or not width or int(height) == 0 or int(width) == 0:
         return None
