@@ -52,6 +52,8 @@ class EvaluateArgs(HardwareConfig):
     """Lowest score that enters mAP or, with --images, that is drawn (default there: 0.3)."""
     iou_threshold: float | None = None
     """Overlap above which non-maximum suppression drops the weaker box of a class."""
+    nms: Literal["standard", "merge"] | None = None
+    """`merge`: a kept box is the mean, weighted by score, of the boxes that show the same object."""
     max_detections: int | None = None
     """Most detections kept per image."""
     matching: Literal["plain", "devkit"] = "plain"
@@ -147,7 +149,7 @@ def measure(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
         "hardware": hardware(fabric.device, fabric.world_size),
         "fast": args.fast,
         "thresholds": {
-            key: getattr(cfg, key) for key in ("score_threshold", "iou_threshold", "max_detections")
+            key: getattr(cfg, key) for key in ("score_threshold", "iou_threshold", "max_detections", "nms")
         },
     }
     found = getattr(metrics, "detections", None)

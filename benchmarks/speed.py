@@ -178,7 +178,7 @@ def make_task(width: float, size: int) -> Task:
     """Return what a training step needs, without any data set."""
     config = Config(width=width, img_sizes=(size,), batch_size=1)
     model, anchors = make_detector(width, size)
-    criterion = YoloLoss(anchors, config)
+    criterion = YoloLoss(anchors, config.loss_settings)
     nothing: Any = None
     return Task(
         config=config,

@@ -1,5 +1,6 @@
 """Flags and YAML: what is refused, and how it is said."""
 
+import dataclasses
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ import pytest
 import yaml
 
 from yolo import cli
-from yolo.config import Config, anchor_sizes, parse_interval
+from yolo.config import LOSSES, Config, LossSettings, anchor_sizes, parse_interval
 from yolo.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -180,3 +181,22 @@ def test_a_machine_without_libgl_is_told_what_to_install(monkeypatch, capsys):
 )
 def test_a_flag_is_read_ahead_as_it_will_be_parsed(line, value):
     assert cli.value_of("--out-dir", line.split()) == value
+
+
+def test_a_stored_configuration_older_than_a_loss_means_the_reference_loss() -> None:
+    old = Config.from_dict({"box_weight": 10.0, "assignment": "paper", "ignore_iou": 0.5})
+    assert old.loss == "reference"
+    assert old.loss_settings == LossSettings(assignment="paper")
+    assert (old.optimizer, old.nms, old.train_difficult) == ("adam", "standard", True)
+
+
+def test_flags_change_single_settings_of_a_named_loss() -> None:
+    settings = Config(loss="ranked", no_object_weight=5.0, box_loss="ciou").loss_settings
+    assert settings == dataclasses.replace(LOSSES["ranked"], no_object_weight=5.0, box_loss="ciou")
+    assert Config(loss="reference").loss_settings == LossSettings()
+
+
+@pytest.mark.parametrize("scales", [(1.0,), (1.0, 1.0, -1.0)])
+def test_factors_of_the_scales_are_three_and_not_negative(scales: tuple[float, ...]) -> None:
+    with pytest.raises(UsageError, match="--no-object-scales"):
+        Config(no_object_scales=scales)

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 from torch.nn import functional
+from torchvision.ops import complete_box_iou_loss
 
 from yolo.boxes import paired_iou, shape_iou
-from yolo.config import COCO_ANCHORS, LossConfig
+from yolo.config import COCO_ANCHORS, LossSettings
 from yolo.losses import YoloLoss, assign_targets, count_targets, encode_boxes
 from yolo.models.yolov3 import STRIDES, YoloV3, decode_boxes, make_anchors
 
@@ -38,9 +39,9 @@ def make_outputs(batch: int, seed: int = 0, size: int = SIZE) -> list[torch.Tens
 
 
 def loss_of(outputs, targets, *, counts=None, size=SIZE, config=None):
-    assigned = assign_targets(targets, ANCHORS, size, rule=(config or LossConfig()).assignment)
+    assigned = assign_targets(targets, ANCHORS, size, rule=(config or LossSettings()).assignment)
     counts = count_targets(assigned) if counts is None else counts
-    return YoloLoss(ANCHORS, config or LossConfig())(outputs, assigned, counts)
+    return YoloLoss(ANCHORS, config or LossSettings())(outputs, assigned, counts)
 
 
 def assign_by_loop(targets, scale: int, stride: int, side: int):
@@ -85,7 +86,7 @@ def test_paper_rule_gives_each_box_one_cell_at_most():
 
 def test_paper_rule_ignores_predictions_that_overlap_a_box():
     outputs, targets = make_outputs(1), make_targets([6])
-    config = LossConfig(assignment="paper", ignore_iou=0.3)
+    config = LossSettings(assignment="paper", ignore_iou=0.3)
     assigned = assign_targets(targets, ANCHORS, SIZE, rule="paper")
     expected = 0.0
     for output, anchors, stride, found in zip(outputs, ANCHORS, STRIDES, assigned, strict=True):
@@ -171,7 +172,7 @@ def test_no_boxes_at_all_is_finite_and_every_parameter_gets_a_gradient():
 
 @pytest.mark.parametrize("rule", ["reference", "paper"])
 def test_a_batch_is_the_sum_of_its_parts_under_common_counts(rule):
-    config = LossConfig(assignment=rule)
+    config = LossSettings(assignment=rule)
     outputs, targets = make_outputs(4), make_targets([3, 0, 9, 1])
     counts = count_targets(assign_targets(targets, ANCHORS, SIZE, rule=rule))
     whole = loss_of(outputs, targets, counts=counts, config=config)
@@ -187,3 +188,104 @@ def test_extreme_outputs_stay_finite():
     outputs = [torch.full_like(output, 1e4).requires_grad_() for output in make_outputs(1)]
     losses = loss_of(outputs, make_targets([5]))
     assert all(value.isfinite() for value in losses.values())
+
+
+def test_fits_takes_only_anchors_of_a_like_shape():
+    targets = make_targets([40, 25])
+    for scale, found in enumerate(assign_targets(targets, ANCHORS, SIZE, rule="fits")):
+        sizes = found.boxes[:, 2:] - found.boxes[:, :2]
+        ratios = sizes / ANCHORS[scale][found.cells[:, 1]]
+        fits_here = (torch.maximum(ratios, 1 / ratios) < 4).all(1)
+        ratios = sizes[:, None, None] / ANCHORS
+        fits_anywhere = (torch.maximum(ratios, 1 / ratios) < 4).all(-1).flatten(1).any(1)
+        assert (fits_here | ~fits_anywhere).all()
+        assert fits_here.any()
+
+
+def test_a_box_that_fits_no_anchor_takes_the_best_of_all():
+    needle = {"boxes": torch.tensor([[10.0, 100.0, 210.0, 101.0]]), "labels": torch.tensor([1])}
+    assigned = assign_targets([needle], ANCHORS, SIZE, rule="fits")
+    assert [len(found.cells) for found in assigned].count(1) == 1
+    assert sum(len(found.cells) for found in assigned) == 1
+
+
+@pytest.mark.parametrize(("rule", "empty"), [("fits", 0), ("multi", 0), ("fits-empty", 3)])
+def test_the_cells_of_a_box_on_scales_that_do_not_fit(rule, empty):
+    whole = {"boxes": torch.tensor([[2.0, 2.0, 222.0, 222.0]]), "labels": torch.tensor([0])}
+    coarse, _, fine = assign_targets([whole], ANCHORS, SIZE, rule=rule)
+    assert len(coarse.cells) >= 1 and len(fine.cells) == 0
+    assert fine.empty[0, :, 14, 14].sum() == empty
+    assert fine.empty.sum() == fine.empty.numel() - 3 + empty
+
+
+def test_multi_takes_every_anchor_that_fits_and_the_first_box_of_two():
+    box = torch.tensor([100.0, 100.0, 130.0, 130.0])
+    target = {"boxes": torch.stack([box, box]), "labels": torch.tensor([2, 3])}
+    for anchors, found in zip(ANCHORS, assign_targets([target], ANCHORS, SIZE, rule="multi"), strict=True):
+        ratios = 30 / anchors
+        fits = (torch.maximum(ratios, 1 / ratios) < 4).all(1)
+        assert found.cells[:, 1].tolist() == fits.nonzero()[:, 0].tolist()
+        assert found.labels.tolist() == [2] * int(fits.sum())
+
+
+def test_difficult_objects_can_be_left_out():
+    targets = make_targets([6])
+    targets[0]["difficult"] = torch.tensor([True, False] * 3)
+    kept = {name: targets[0][name][1::2] for name in ("boxes", "labels")}
+    left_out = assign_targets(targets, ANCHORS, SIZE, use_difficult=False)
+    for found, expected in zip(left_out, assign_targets([kept], ANCHORS, SIZE), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert len(assign_targets(targets, ANCHORS, SIZE)[0].cells) == 6
+
+
+def test_negatives_over_all_scales_or_per_positive_equal_the_plain_formulas():
+    outputs, targets = make_outputs(2), make_targets([4, 2])
+    assigned = assign_targets(targets, ANCHORS, SIZE)
+    sums = [functional.softplus(o[..., 4][t.empty]).sum() for o, t in zip(outputs, assigned, strict=True)]
+    empties = sum(int(t.empty.sum()) for t in assigned)
+    positives = sum(len(t.labels) for t in assigned)
+    for norm, count in (("all", empties), ("positives", positives)):
+        settings = LossSettings(no_object_norm=norm, no_object_weight=2.0, no_object_scales=(1, 0.5, 3))
+        expected = 2 * (sums[0] + 0.5 * sums[1] + 3 * sums[2]) / count
+        torch.testing.assert_close(loss_of(outputs, targets, config=settings)["no_object"], expected)
+
+
+def test_ciou_equals_its_formula_and_its_gradient_is_finite_without_overlap():
+    outputs, targets = make_outputs(1), make_targets([5])
+    assigned = assign_targets(targets, ANCHORS, SIZE)
+    settings = LossSettings(box_loss="ciou", box_weight=1.0)
+    expected = torch.zeros(())
+    for output, anchors, stride, found in zip(outputs, ANCHORS, STRIDES, assigned, strict=True):
+        predicted = decode_boxes(output, anchors, stride)[tuple(found.cells.T)]
+        expected = expected + complete_box_iou_loss(predicted, found.boxes, reduction="mean")
+    torch.testing.assert_close(loss_of(outputs, targets, config=settings)["box"], expected)
+    for value in (1e4, -1e4, 0.0):
+        extreme = [torch.full_like(output, value).requires_grad_() for output in outputs]
+        loss_of(extreme, targets, config=settings)["box"].backward()
+        assert all(output.grad.isfinite().all() for output in extreme)
+    far = [output.detach().clone() for output in outputs]
+    for output in far:
+        output[..., 2:4] = -5.0  # a thirtieth of a pixel, away from the centre: no overlap
+    far = [output.requires_grad_() for output in far]
+    loss_of(far, targets, config=settings)["box"].backward()
+    assert all(output.grad.isfinite().all() for output in far)
+    assert sum(output.grad.abs().sum() for output in far) > 0
+
+
+def test_sigmoid_classes_equal_binary_cross_entropy_of_each_class():
+    outputs, targets = make_outputs(1), make_targets([5])
+    expected = torch.zeros(())
+    for output, found in zip(outputs, assign_targets(targets, ANCHORS, SIZE), strict=True):
+        logits = output[tuple(found.cells.T)][:, 5:]
+        wanted = functional.one_hot(found.labels, CLASSES).float()
+        bce = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+        expected = expected + bce.sum(1).mean()
+    settings = LossSettings(class_loss="sigmoid")
+    torch.testing.assert_close(loss_of(outputs, targets, config=settings)["class"], expected)
+
+
+@pytest.mark.parametrize("rule", ["reference", "paper", "fits", "fits-empty", "multi"])
+def test_no_cell_is_positive_twice_or_positive_and_empty(rule):
+    for found in assign_targets(make_targets([60, 25, 0]), ANCHORS, SIZE, rule=rule):
+        assert len(found.cells.unique(dim=0)) == len(found.cells) == len(found.labels)
+        assert not found.empty[tuple(found.cells.T)].any()

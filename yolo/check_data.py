@@ -168,12 +168,12 @@ def _collisions(dataset: DetectionDataset, cfg: Config, anchors: Sequence[float]
         boxes = [torch.from_numpy(sample) for sample in training_boxes(dataset, cfg, size)]
         targets = [{"boxes": sample, "labels": sample.new_zeros(len(sample)).long()} for sample in boxes]
         total = sum(len(sample) for sample in boxes)
-        taught = np.zeros(len(STRIDES), int)
+        taught, loss = np.zeros(len(STRIDES), int), cfg.loss_settings
         for start in range(0, len(targets), ASSIGN_BATCH):
             batch = targets[start : start + ASSIGN_BATCH]
-            assigned = assign_targets(batch, scaled, size, rule=cfg.assignment, ignore_iou=cfg.ignore_iou)
+            assigned = assign_targets(batch, scaled, size, rule=loss.assignment, ignore_iou=loss.ignore_iou)
             taught += [len(scale.labels) for scale in assigned]
-        if cfg.assignment == "paper":
+        if loss.assignment == "paper":
             lines.append(f"{size} px: {total - taught.sum()} of {total} boxes lost")
         else:
             grids = [

@@ -32,6 +32,14 @@ Floats = Annotated[tuple[float, ...], _comma_list(float, "NUMBER,NUMBER,...")]
 COCO_ANCHORS = (10, 13, 16, 30, 33, 23, 30, 61, 62, 45, 59, 119, 116, 90, 156, 198, 373, 326)
 ANCHOR_REFERENCE_SIZE = 416
 
+# What a stored configuration means that is older than the key: a default that changes later leaves it alone.
+UNSTORED: dict[str, Any] = {
+    "loss": "reference",
+    "optimizer": "adam",
+    "train_difficult": True,
+    "nms": "standard",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -101,20 +109,70 @@ class ModelConfig:
     """Start from these weights: one of our checkpoints, a Darknet `.weights` file, or a torch state dict."""
 
 
+Assignment = Literal["reference", "paper", "fits", "fits-empty", "multi"]
+
+
 @dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """Weights of the four loss terms and the assignment rule."""
+class LossSettings:
+    """A detector's loss in full; the defaults are the reference's own."""
 
     box_weight: float = 10.0
     object_weight: float = 1.0
     no_object_weight: float = 10.0
     class_weight: float = 1.0
-    assignment: Literal["reference", "paper"] = "reference"
-    """`reference`: the best free anchor of each scale is positive. `paper`: only the best of all nine."""
+    no_object_norm: Literal["scale", "all", "positives"] = "scale"
+    no_object_scales: tuple[float, ...] = (1.0, 1.0, 1.0)
+    assignment: Assignment = "reference"
     ignore_iou: float = 0.5
-    """Anchors (reference) or predictions (paper) that overlap a box by more than this are left out."""
+    box_loss: Literal["mse", "ciou"] = "mse"
     object_target: Literal["iou", "one"] = "iou"
+    class_loss: Literal["softmax", "sigmoid"] = "softmax"
+
+
+LOSSES = {
+    "reference": LossSettings(),
+    "ranked": LossSettings(no_object_norm="all", no_object_weight=20.0),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """A detector's loss: one of the named ones, and what is changed about it."""
+
+    loss: Literal["reference", "ranked"] = "reference"
+    """`reference`: that of the course's code. `ranked`: empty cells weigh the same on all three scales, so
+    that scores of different scales can be compared. The flags below change one of its settings each."""
+    box_weight: float | None = None
+    object_weight: float | None = None
+    no_object_weight: float | None = None
+    class_weight: float | None = None
+    no_object_norm: Literal["scale", "all", "positives"] | None = None
+    """The no-object term is a mean over the empty cells of each `scale` (the three are added), of `all`
+    scales together, or their sum per positive cell (`positives`)."""
+    no_object_scales: Floats | None = None
+    """Factors on the no-object terms of strides 32, 16 and 8, as in `1,1,0.5`."""
+    assignment: Assignment | None = None
+    """`reference`: the best free anchor of each scale is positive. `paper`: only the best of all
+    nine. `fits`: as the reference, but only of anchors within 4 times the object's sides; its cells
+    on other scales are ignored. `fits-empty`: they are empty. `multi`: every anchor that fits is
+    positive."""
+    ignore_iou: float | None = None
+    """Anchors or, with `paper`, predictions that overlap a box by more than this are left out."""
+    box_loss: Literal["mse", "ciou"] | None = None
+    """Squared error of the encoded boxes, or complete IoU of the decoded ones (Zheng et al. 2020)."""
+    object_target: Literal["iou", "one"] | None = None
     """What objectness learns on positive cells: the overlap of its prediction, or 1."""
+    class_loss: Literal["softmax", "sigmoid"] | None = None
+    """One class excludes the others, or each is decided on its own."""
+    train_difficult: bool = True
+    """Train on objects that VOC flags as difficult; else their cells are taught to be empty."""
+
+    @property
+    def loss_settings(self) -> LossSettings:
+        """The named loss with everything that was given."""
+        names = [field.name for field in dataclasses.fields(LossSettings)]
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return dataclasses.replace(LOSSES[self.loss], **given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +190,8 @@ class ScheduleConfig:
     """Training sizes, one drawn per optimizer step, as in `320,416,512`."""
     test_size: int | None = None
     """Size of test images. Default: 416 if it is among img_sizes, else their middle value."""
+    optimizer: Literal["adam", "adamw"] = "adam"
+    """`adam` adds the decay to the gradient, `adamw` takes it off the weights (Loshchilov & Hutter 2019)."""
     max_lr: float | Literal["auto"] = 1e-3
     """Peak of the one-cycle; `auto` takes it from a learning-rate range test."""
     pct_start: float = 0.2
@@ -178,6 +238,8 @@ class PostprocessConfig:
     """Lowest score that enters mAP."""
     iou_threshold: float = 0.45
     """Overlap above which non-maximum suppression drops the weaker box of a class."""
+    nms: Literal["standard", "merge"] = "standard"
+    """`merge`: a kept box is the mean, weighted by score, of the boxes that show the same object."""
     max_detections: int = 300
     """Most detections kept per image."""
 
@@ -224,7 +286,6 @@ class Config(
         for name in (
             "score_threshold",
             "iou_threshold",
-            "ignore_iou",
             "label_smoothing",
             "ema_decay",
             "pct_start",
@@ -240,6 +301,11 @@ class Config(
         for name in ("seed", "weight_decay", "mosaic_off_epochs", "workers"):
             if not isinstance(getattr(self, name), str):
                 _require_not_negative(name, getattr(self, name))
+        loss = self.loss_settings
+        _require_probability("ignore_iou", loss.ignore_iou)
+        if len(loss.no_object_scales) != 3 or min(loss.no_object_scales) < 0:
+            shown = ",".join(f"{factor:g}" for factor in loss.no_object_scales)
+            raise UsageError(f"--no-object-scales {shown}: want three factors, as in 1,1,0.5")
         parse_interval(self.save_every)
         anchor_sizes(self.anchors)
 
@@ -263,7 +329,7 @@ class Config(
         pairs: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
-        return cls(**{key: value for key, value in pairs.items() if key in known})
+        return cls(**{**UNSTORED, **{key: value for key, value in pairs.items() if key in known}})
 
 
 def anchor_sizes(text: str) -> tuple[float, ...] | None:

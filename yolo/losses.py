@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
+from torchvision.ops import complete_box_iou_loss
 
 from yolo.boxes import paired_iou, shape_iou
-from yolo.config import LossConfig
-from yolo.models.yolov3 import STRIDES, decode_boxes, place_boxes
+from yolo.config import Assignment, LossSettings
+from yolo.models.yolov3 import MAX_LOG_SCALE, STRIDES, decode_boxes, place_boxes
+
+FIT_RATIO = 4.0  # an anchor fits a box if no side of one is this many times the other's, as in YOLOv5
 
 
 class ScaleTargets(NamedTuple):
@@ -24,7 +27,7 @@ class ScaleTargets(NamedTuple):
     boxes: Tensor  # [P, 4] xyxy pixels
     labels: Tensor  # [P] int64
     empty: Tensor  # [B, A, H, W] bool
-    crowd: Tensor  # [B, M, 4] the boxes of each image, padded with zeros; M = 0 without `paper`
+    gt_boxes: Tensor  # [B, M, 4] the boxes of each image, padded with zeros; M = 0 without `paper`
 
 
 def assign_targets(
@@ -32,8 +35,9 @@ def assign_targets(
     anchors: Tensor,
     img_size: int,
     *,
-    rule: str = "reference",
+    rule: Assignment = "reference",
     ignore_iou: float = 0.5,
+    use_difficult: bool = True,
     device: torch.device | str = "cpu",
 ) -> list[ScaleTargets]:
     """Decide for each scale which cells are positive, which are empty and which are ignored.
@@ -41,83 +45,118 @@ def assign_targets(
     `reference`: per box and scale, the free anchor of the best shape in the box's cell is positive (boxes
     come in their order: the first takes the anchor); its other anchors whose shape IoU exceeds `ignore_iou`
     are ignored, unless another box takes them. `paper` (section 2.1): only the best of all nine anchors is
-    positive, and the loss ignores predictions that overlap a box by more than `ignore_iou`.
+    positive, and the loss ignores predictions that overlap a box by more than `ignore_iou`. `fits`: as the
+    reference, but only among anchors that fit the box (`FIT_RATIO`; the best of all nine if none does), and
+    its cells on scales without one are ignored; `fits-empty`: they are empty. `multi`: as `fits`, but every
+    anchor that fits is positive.
 
     The index arithmetic stays where the boxes are, on the CPU: how many cells are taken is known only after
     it, and asking a GPU would stall it. The grids are made on `device`.
 
     Args:
-        targets: per image `boxes` [M, 4] xyxy pixels and `labels` [M].
+        targets: per image `boxes` [M, 4] xyxy pixels, `labels` [M] and, without `use_difficult`, `difficult`.
         anchors: [3, A, 2] pixels, coarse to fine, on the CPU.
         img_size: side of the square network input.
-        rule: `reference` or `paper`.
+        rule: one of those above.
         ignore_iou: see above.
+        use_difficult: whether objects flagged as difficult are targets like others; else they are not there.
         device: where the result is needed.
 
     Returns:
         One `ScaleTargets` per scale, coarse to fine, on `device`.
     """
+    if not use_difficult:
+        targets = [
+            {name: target[name][~target["difficult"]] for name in ("boxes", "labels")} for target in targets
+        ]
     counts = torch.tensor([len(target["boxes"]) for target in targets])
     boxes = torch.cat([target["boxes"] for target in targets]).float()
     labels = torch.cat([target["labels"] for target in targets])
     image = torch.repeat_interleave(torch.arange(len(targets)), counts)
-    shapes = shape_iou((boxes[:, 2:] - boxes[:, :2])[:, None, None], anchors.to(boxes))  # [N, 3, A]
+    wanted, ignored = _anchors_of_boxes(boxes[:, 2:] - boxes[:, :2], anchors.to(boxes), rule, ignore_iou)
+    gt_boxes = boxes.new_zeros(len(targets), 0, 4)
     if rule == "paper":
-        best_scale = shapes.flatten(1).argmax(1) // anchors.shape[1]
-        keep = [best_scale == scale for scale in range(len(STRIDES))]
-        crowd = pad_sequence([target["boxes"].float() for target in targets], batch_first=True)
-        ignore_shape = 1.0
-    else:
-        keep = [torch.ones_like(labels, dtype=torch.bool)] * len(STRIDES)
-        crowd = boxes.new_zeros(len(targets), 0, 4)
-        ignore_shape = ignore_iou
-    crowd = crowd.to(device, non_blocking=True)
+        gt_boxes = pad_sequence([target["boxes"].float() for target in targets], batch_first=True)
+    gt_boxes = gt_boxes.to(device, non_blocking=True)
     assigned = []
     for scale, stride in enumerate(STRIDES):
         side = img_size // stride
+        centres = (boxes[:, :2] + boxes[:, 2:]) / (2 * stride)
+        column, row = centres.long().clamp(0, side - 1).T  # edges stay in the grid
+        cell = (image * side + row) * side + column
+        box, anchor = (_take_all if rule == "multi" else _take_best)(cell, wanted[:, scale])
+        cells = torch.stack([image[box], anchor, row[box], column[box]], dim=1)
+        near, similar = ignored[:, scale].nonzero(as_tuple=True)
+        others = torch.stack([image[near], similar, row[near], column[near]], dim=1)
+        parts = (cells, boxes[box], labels[box], torch.cat([cells, others]))
+        cells, own_boxes, own_labels, used = (part.to(device, non_blocking=True) for part in parts)
         empty = torch.ones(len(targets), anchors.shape[1], side, side, dtype=torch.bool, device=device)
-        cells, ignored, taken = _find_cells(
-            image[keep[scale]], boxes[keep[scale]], shapes[keep[scale], scale], side, stride, ignore_shape
-        )
-        parts = [cells, boxes[keep[scale]][taken], labels[keep[scale]][taken], torch.cat([cells, ignored])]
-        cells, taken_boxes, taken_labels, used = (part.to(device, non_blocking=True) for part in parts)
         empty[tuple(used.T)] = False
-        assigned.append(ScaleTargets(cells, taken_boxes, taken_labels, empty, crowd))
+        assigned.append(ScaleTargets(cells, own_boxes, own_labels, empty, gt_boxes))
     return assigned
 
 
-def _find_cells(
-    image: Tensor, boxes: Tensor, shapes: Tensor, side: int, stride: int, ignore_shape: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return positive cells [P, 4], ignored cells [K, 4] (maybe positive too), and the boxes placed."""
-    centres = (boxes[:, :2] + boxes[:, 2:]) / (2 * stride)
-    column, row = centres.long().clamp(0, side - 1).T  # edges stay in the grid
-    anchor = _first_come_anchors((image * side + row) * side + column, shapes)
-    taken = anchor >= 0
-    cells = torch.stack([image, anchor, row, column], dim=1)[taken]
-    box, similar = (shapes > ignore_shape).nonzero(as_tuple=True)
-    return cells, torch.stack([image[box], similar, row[box], column[box]], dim=1), taken
+def _anchors_of_boxes(
+    sizes: Tensor, anchors: Tensor, rule: Assignment, ignore_iou: float
+) -> tuple[Tensor, Tensor]:
+    """Return which anchors of its cells a box may take, and which it makes ignored if none takes them.
+
+    Args:
+        sizes: [N, 2] width and height.
+        anchors: [3, A, 2] width and height.
+        rule: as in `assign_targets`.
+        ignore_iou: as there.
+
+    Returns:
+        [N, 3, A] the shape IoU of anchors that it may take, -1 for others; and [N, 3, A] bool.
+    """
+    overlaps = shape_iou(sizes[:, None, None], anchors)
+    similar = overlaps > ignore_iou
+    if rule == "reference":
+        return overlaps, similar
+    best = functional.one_hot(overlaps.flatten(1).argmax(1), anchors[..., 0].numel()).bool()
+    best = best.view_as(overlaps)
+    if rule == "paper":
+        return overlaps.masked_fill(~best.any(-1, keepdim=True), -1.0), torch.zeros_like(similar)
+    ratios = sizes[:, None, None] / anchors
+    fits = torch.maximum(ratios, 1 / ratios).amax(-1) < FIT_RATIO
+    fits |= best & ~fits.flatten(1).any(1)[:, None, None]
+    if rule != "fits-empty":
+        similar = similar | ~fits.any(-1, keepdim=True)
+    return overlaps.masked_fill(~fits, -1.0), similar
 
 
-def _first_come_anchors(cell: Tensor, shapes: Tensor) -> Tensor:
-    """Give each box its best anchor that no earlier box of the same cell took; -1 where none is left.
+def _take_all(cell: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Give each box all anchors that it wants; of an anchor that several want, the first box takes it."""
+    box, anchor = (wanted >= 0).nonzero(as_tuple=True)
+    first = _turn_within(cell[box] * wanted.shape[1] + anchor) == 0
+    return box[first], anchor[first]
+
+
+def _take_best(cell: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Give each box the best anchor that it wants and no earlier box of the same cell took.
 
     Boxes that share a cell are served in rounds: a round serves at most one box per cell, the earliest
     waiting.
 
     Args:
         cell: [N] int64, the same number for boxes in the same cell of the same image.
-        shapes: [N, A] shape IoU with each anchor.
+        wanted: [N, A] shape IoU with each anchor, -1 for one that must not be taken.
+
+    Returns:
+        The boxes that got an anchor, rising, and the anchors.
     """
-    _, cell = cell.unique(return_inverse=True)
+    box = (wanted >= 0).any(1).nonzero()[:, 0]
+    _, cell = cell[box].unique(return_inverse=True)
     anchor = torch.full_like(cell, -1)
-    free = torch.ones(len(cell), shapes.shape[1], dtype=torch.bool)
+    free = torch.ones(len(cell), wanted.shape[1], dtype=torch.bool)
     turn = _turn_within(cell)
-    for round_number in range(shapes.shape[1]):  # a cell has this many anchors to give
+    for round_number in range(wanted.shape[1]):  # a cell has this many anchors to give
         now = (turn == round_number).nonzero()[:, 0]
-        anchor[now] = shapes[now].masked_fill(~free[cell[now]], -1.0).argmax(1)
-        free[cell[now], anchor[now]] = False
-    return anchor
+        value, best = wanted[box[now]].masked_fill(~free[cell[now]], -1.0).max(1)
+        anchor[now] = torch.where(value >= 0, best, -1)
+        free[cell[now], best] &= value < 0
+    return box[anchor >= 0], anchor[anchor >= 0]
 
 
 def _turn_within(cell: Tensor) -> Tensor:
@@ -137,20 +176,23 @@ def count_targets(assigned: Sequence[ScaleTargets]) -> Tensor:
 
 
 class YoloLoss(nn.Module):
-    """The weighted terms `box`, `object`, `no_object` and `class`, each summed over scales.
+    """The weighted terms `box`, `object`, `no_object` and `class`.
 
-    Per scale and global batch: box = mean squared error of (sigmoid(tx), sigmoid(ty), tw, th); object =
-    binary cross-entropy of the logit with the detached IoU (or 1) as target; no_object = binary cross-entropy
-    on empty cells; class = softmax cross-entropy. Nothing is changed in place.
+    The reference's: per scale and global batch, and summed over scales, box = mean squared error of
+    (sigmoid(tx), sigmoid(ty), tw, th); object = binary cross-entropy of the logit with the detached
+    IoU (or 1) as target; no_object = binary cross-entropy on empty cells; class = softmax
+    cross-entropy. `yolo.config.LossConfig` says what else each can be. Nothing is changed in place.
     """
 
     anchors: Tensor
+    no_object_scales: Tensor
 
-    def __init__(self, anchors: Tensor, config: LossConfig, label_smoothing: float = 0.0) -> None:
-        """Keep `anchors` [3, A, 2] (pixels, coarse to fine) as a buffer, and the weights of `config`."""
+    def __init__(self, anchors: Tensor, settings: LossSettings, label_smoothing: float = 0.0) -> None:
+        """Keep `anchors` [3, A, 2] (pixels, coarse to fine) as a buffer, and the settings."""
         super().__init__()
         self.register_buffer("anchors", anchors, persistent=False)
-        self.config = config
+        self.register_buffer("no_object_scales", torch.tensor(settings.no_object_scales), persistent=False)
+        self.settings = settings
         self.label_smoothing = label_smoothing
 
     def forward(
@@ -163,63 +205,87 @@ class YoloLoss(nn.Module):
             assigned: per scale, from `assign_targets`.
             counts: [3, 2] positive and empty cells of the whole global batch, from `count_targets`.
         """
-        weights = {
-            "box": self.config.box_weight,
-            "object": self.config.object_weight,
-            "no_object": self.config.no_object_weight,
-            "class": self.config.class_weight,
-        }
-        terms = [
-            self._scale_terms(
-                output, scale_anchors, stride, target, positives.clamp(min=1), empties.clamp(min=1)
-            )
-            for output, scale_anchors, stride, target, (positives, empties) in zip(
-                outputs, self.anchors, STRIDES, assigned, counts, strict=True
+        settings = self.settings
+        sums = [
+            self._scale_sums(output, scale_anchors, stride, target)
+            for output, scale_anchors, stride, target in zip(
+                outputs, self.anchors, STRIDES, assigned, strict=True
             )
         ]
+        box, has_object, no_object, classes = (torch.stack(values) for values in zip(*sums, strict=True))
+        positives = counts[:, 0].clamp(min=1)
+        per_cell = no_object * self.no_object_scales / self._no_object_norm(counts)
         return {
-            name: weight * torch.stack([term[name] for term in terms]).sum()
-            for name, weight in weights.items()
+            "box": settings.box_weight * (box / positives).sum(),
+            "object": settings.object_weight * (has_object / positives).sum(),
+            "no_object": settings.no_object_weight * per_cell.sum(),
+            "class": settings.class_weight * (classes / positives).sum(),
         }
 
-    def _scale_terms(
-        self,
-        output: Tensor,
-        anchors: Tensor,
-        stride: int,
-        target: ScaleTargets,
-        positives: Tensor,
-        empties: Tensor,
-    ) -> dict[str, Tensor]:
+    def _no_object_norm(self, counts: Tensor) -> Tensor:
+        """Return what the sums over the empty cells of the scales are divided by."""
+        if self.settings.no_object_norm == "scale":
+            return counts[:, 1].clamp(min=1)
+        column = 1 if self.settings.no_object_norm == "all" else 0
+        return counts[:, column].sum().clamp(min=1)
+
+    def _scale_sums(
+        self, output: Tensor, anchors: Tensor, stride: int, target: ScaleTargets
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the four terms of one scale, summed over its cells."""
         image, anchor, row, column = target.cells.T
         output = output.to(torch.promote_types(output.dtype, torch.float32))
-        found = output[image, anchor, row, column]  # [P, 5 + C]
+        predicted = output[image, anchor, row, column]  # [P, 5 + C]
         cell = torch.stack([column, row], dim=1)
-        wanted = encode_boxes(target.boxes, anchors[anchor], cell, stride).to(output)
-        predicted = torch.cat([found[:, :2].sigmoid(), found[:, 2:4]], dim=1)
-        overlap = paired_iou(place_boxes(found[:, :4].detach(), anchors[anchor], cell, stride), target.boxes)
-        object_target = (
-            overlap.to(output) if self.config.object_target == "iou" else torch.ones_like(found[:, 4])
+        box_term = _ciou if self.settings.box_loss == "ciou" else _squared_error
+        class_term = _one_of_many if self.settings.class_loss == "softmax" else _each_alone
+        boxes = place_boxes(predicted[:, :4].detach(), anchors[anchor], cell, stride)
+        object_target = paired_iou(boxes, target.boxes).to(output)
+        if self.settings.object_target == "one":
+            object_target = torch.ones_like(object_target)
+        has_object = functional.binary_cross_entropy_with_logits(
+            predicted[:, 4], object_target, reduction="sum"
         )
-        box = functional.mse_loss(predicted, wanted, reduction="sum")
-        has_object = functional.binary_cross_entropy_with_logits(found[:, 4], object_target, reduction="sum")
         no_object = functional.softplus(output[..., 4]) * self._still_empty(output, anchors, stride, target)
-        classes = functional.cross_entropy(
-            found[:, 5:], target.labels, reduction="sum", label_smoothing=self.label_smoothing
+        return (
+            box_term(predicted[:, :4], target.boxes, anchors[anchor], cell, stride),
+            has_object,
+            no_object.sum(),
+            class_term(predicted[:, 5:], target.labels, self.label_smoothing),
         )
-        return {
-            "box": box / (4 * positives),
-            "object": has_object / positives,
-            "no_object": no_object.sum() / empties,
-            "class": classes / positives,
-        }
 
     def _still_empty(self, output: Tensor, anchors: Tensor, stride: int, target: ScaleTargets) -> Tensor:
-        if not target.crowd.shape[1]:
+        if not target.gt_boxes.shape[1]:
             return target.empty
         predicted = decode_boxes(output.detach(), anchors, stride).flatten(1, 3)[:, :, None]
-        overlaps = paired_iou(predicted, target.crowd[:, None]).amax(-1)
-        return target.empty & (overlaps <= self.config.ignore_iou).view_as(target.empty)
+        overlaps = paired_iou(predicted, target.gt_boxes[:, None]).amax(-1)
+        return target.empty & (overlaps <= self.settings.ignore_iou).view_as(target.empty)
+
+
+def _squared_error(raw: Tensor, boxes: Tensor, anchors: Tensor, cell: Tensor, stride: int) -> Tensor:
+    """Return the squared error of (sigmoid(tx), sigmoid(ty), tw, th), mean of four, sum of boxes."""
+    predicted = torch.cat([raw[:, :2].sigmoid(), raw[:, 2:]], dim=1)
+    encoded = encode_boxes(boxes, anchors, cell, stride).to(raw)
+    return functional.mse_loss(predicted, encoded, reduction="sum") / 4
+
+
+def _ciou(raw: Tensor, boxes: Tensor, anchors: Tensor, cell: Tensor, stride: int) -> Tensor:
+    """Return 1 - CIoU of the decoded boxes, summed (Zheng et al. 2020, arXiv:1911.08287, section 3.3)."""
+    sizes = raw[:, 2:].clamp(min=-MAX_LOG_SCALE)  # a side of 0 has no aspect ratio
+    predicted = place_boxes(torch.cat([raw[:, :2], sizes], dim=1), anchors, cell, stride)
+    return complete_box_iou_loss(predicted, boxes.to(predicted), reduction="sum")
+
+
+def _one_of_many(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    """Return the softmax cross-entropy, summed over rows."""
+    return functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+
+
+def _each_alone(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    """Return the binary cross-entropy of every class, summed over classes and rows."""
+    target = functional.one_hot(labels, logits.shape[1]).to(logits)
+    target = target * (1 - label_smoothing) + label_smoothing / logits.shape[1]
+    return functional.binary_cross_entropy_with_logits(logits, target, reduction="sum")
 
 
 def encode_boxes(boxes: Tensor, anchors: Tensor, cell: Tensor, stride: int) -> Tensor:

@@ -1,5 +1,6 @@
 """What the optimizer is told, and when a state is beyond repair."""
 
+import pytest
 import torch
 
 from yolo.config import Config
@@ -19,6 +20,21 @@ def test_only_kernels_decay():
     assert all(parameter.ndim == 1 for parameter in others["params"])
     count = sum(len(group["params"]) for group in (weights, others))
     assert count == len(list(network.parameters()))
+
+
+def test_adam_adds_the_decay_to_the_gradient_and_adamw_does_not():
+    layer = torch.nn.Linear(1, 1, bias=False)
+    moved = {}
+    for name in ("adam", "adamw"):
+        torch.nn.init.ones_(layer.weight)
+        layer.weight.grad = torch.zeros(1, 1)
+        optimizer = make_optimizer(layer, Config(optimizer=name, weight_decay=0.1, max_lr=1e-3))
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01
+        optimizer.step()
+        moved[name] = 1 - layer.weight.item()
+    assert moved["adam"] == pytest.approx(0.01, rel=1e-3)  # Adam makes a full step of any gradient
+    assert moved["adamw"] == pytest.approx(0.01 * 0.1, rel=1e-3)
 
 
 def test_weights_and_statistics_have_to_be_finite_averaged_ones_too():

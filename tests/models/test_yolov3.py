@@ -9,7 +9,14 @@ from torch import Tensor
 from yolo.config import COCO_ANCHORS
 from yolo.models import yolov3
 from yolo.models.darknet import Residual
-from yolo.models.yolov3 import ANCHORS_PER_SCALE, STRIDES, YoloV3, decode, make_anchors, postprocess
+from yolo.models.yolov3 import (
+    ANCHORS_PER_SCALE,
+    STRIDES,
+    YoloV3,
+    decode,
+    make_anchors,
+    postprocess,
+)
 
 NUM_CLASSES = 3
 ANCHORS = make_anchors(COCO_ANCHORS, 416)
@@ -186,3 +193,40 @@ def test_half_precision_outputs_are_decoded_in_single_precision() -> None:
 def test_anchors_grow_with_the_test_size_once() -> None:
     assert torch.equal(make_anchors(COCO_ANCHORS, 208) * 2, ANCHORS)
     assert ANCHORS[2, 0].tolist() == [10, 13]  # the smallest belongs to the finest grid
+
+
+def _raw_for(boxes: torch.Tensor, logits: torch.Tensor, scores: torch.Tensor) -> list[torch.Tensor]:
+    """Outputs at 64 px that say nothing but these boxes, all in the middle cell of stride 8."""
+    outputs = [torch.full((1, 3, 64 // s, 64 // s, 7), -20.0) for s in STRIDES]
+    anchors = make_anchors(COCO_ANCHORS, 64)[2]
+    sizes = boxes[:, 2:] - boxes[:, :2]
+    offsets = ((boxes[:, :2] + boxes[:, 2:]) / 16 - 4).clamp(1e-6, 1 - 1e-6)
+    outputs[2][0, :, 4, 4, :2] = offsets.logit()
+    outputs[2][0, :, 4, 4, 2:4] = (sizes / anchors).log()
+    outputs[2][0, :, 4, 4, 4] = scores.logit()
+    outputs[2][0, :, 4, 4, 5:] = logits
+    return outputs
+
+
+def test_merging_averages_the_boxes_of_one_class_by_their_scores():
+    boxes = torch.tensor([[20.0, 20, 50, 50], [22, 20, 52, 50], [20, 20, 50, 50]])
+    scores = torch.tensor([0.6, 0.3, 0.5])
+    one, other = [30.0, 0.0], [0.0, 30.0]
+    outputs = _raw_for(boxes, torch.tensor([one, one, other]), scores)
+    settings = {"score_threshold": 0.01, "iou_threshold": 0.45, "max_detections": 10}
+    anchors = make_anchors(COCO_ANCHORS, 64)
+    [plain] = postprocess(outputs, anchors, **settings)
+    [merged] = postprocess(outputs, anchors, **settings, nms="merge")
+    assert plain["labels"].tolist() == merged["labels"].tolist() == [0, 1]
+    torch.testing.assert_close(plain["boxes"], boxes[[0, 2]], atol=1e-3, rtol=0)
+    expected = torch.stack([(boxes[0] * 0.6 + boxes[1] * 0.3) / 0.9, boxes[2]])
+    torch.testing.assert_close(merged["boxes"], expected, atol=1e-3, rtol=0)
+    for key in ("scores", "labels", "index"):
+        assert torch.equal(plain[key], merged[key])
+
+
+def test_merging_nothing_gives_nothing():
+    outputs = [torch.full((2, 3, 64 // s, 64 // s, 7), -20.0) for s in STRIDES]
+    settings = {"score_threshold": 0.5, "iou_threshold": 0.45, "max_detections": 10}
+    for found in postprocess(outputs, make_anchors(COCO_ANCHORS, 64), **settings, nms="merge"):
+        assert found["boxes"].shape == (0, 4)

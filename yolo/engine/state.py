@@ -101,11 +101,12 @@ def make_state(fabric: Fabric, scaler: torch.amp.GradScaler | None, cfg: Config,
 
 
 def make_optimizer(network: nn.Module, cfg: Config) -> torch.optim.Adam:
-    """Return Adam; only weights of two or more dimensions decay. The schedule sets its rate.
+    """Return Adam or AdamW; only weights of two or more dimensions decay. The schedule sets its rate.
 
     It is fused: with a gradient scaler, only then is a step that overflowed left out without asking the GPU.
     """
     weights = [parameter for parameter in network.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in network.parameters() if parameter.ndim <= 1]
     groups = [{"params": weights, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.Adam(groups, fused=True)
+    optimizer = torch.optim.AdamW if cfg.optimizer == "adamw" else torch.optim.Adam
+    return optimizer(groups, fused=True)

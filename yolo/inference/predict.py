@@ -60,6 +60,8 @@ class Predictor:
             score_threshold=self.score_threshold,
             iou_threshold=loaded.config.iou_threshold,
             max_detections=loaded.config.max_detections,
+            nms=loaded.config.nms,
+            class_loss=loaded.config.loss_settings.class_loss,
         )
         for picture, one in zip(pictures, found, strict=True):
             height, width = picture.shape[:2]

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, box_iou
 
 from yolo.config import ANCHOR_REFERENCE_SIZE
 from yolo.models.darknet import ConvBnAct, Darknet53, images_to_float, scaled
@@ -15,6 +15,7 @@ STRIDES = (32, 16, 8)  # coarse to fine, as in the paper and in Darknet
 ANCHORS_PER_SCALE = 3
 OBJECTNESS_PRIOR = 0.01
 MAX_CANDIDATES = 2000  # per image: an untrained network may fire in every cell, and NMS is quadratic
+MERGE_IOU = 0.6  # boxes of one class that overlap the kept one by more than this have a say in where it is
 MAX_LOG_SCALE = 6.0  # exp(6) anchors are wider than any image: keeps a decoded box finite
 
 
@@ -140,12 +141,15 @@ def place_boxes(raw: Tensor, anchors: Tensor, cells: Tensor, stride: int) -> Ten
     return torch.cat([centres - halves, centres + halves], dim=-1)
 
 
-def decode(outputs: Sequence[Tensor], anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def decode(
+    outputs: Sequence[Tensor], anchors: Tensor, class_loss: str = "softmax"
+) -> tuple[Tensor, Tensor, Tensor]:
     """Flatten all scales into boxes, objectness and class probabilities.
 
     Args:
         outputs: three [B, A, H, W, 5 + C], coarse to fine.
         anchors: [3, A, 2] pixels.
+        class_loss: `softmax` or `sigmoid`, as trained.
 
     Returns:
         boxes [B, N, 4] xyxy pixels, objectness [B, N] and class probabilities [B, N, C], N over (scale, A,
@@ -156,7 +160,8 @@ def decode(outputs: Sequence[Tensor], anchors: Tensor) -> tuple[Tensor, Tensor, 
         for output, scale_anchors, stride in zip(outputs, anchors, STRIDES, strict=True)
     ]
     logits = torch.cat([output[..., 4:].flatten(1, 3) for output in outputs], dim=1).float()
-    return torch.cat(boxes, dim=1), logits[..., 0].sigmoid(), logits[..., 1:].softmax(-1)
+    classes = logits[..., 1:].sigmoid() if class_loss == "sigmoid" else logits[..., 1:].softmax(-1)
+    return torch.cat(boxes, dim=1), logits[..., 0].sigmoid(), classes
 
 
 def postprocess(
@@ -167,21 +172,24 @@ def postprocess(
     iou_threshold: float,
     max_detections: int,
     all_classes: bool = False,
+    nms: Literal["standard", "merge"] = "standard",
+    class_loss: str = "softmax",
 ) -> list[dict[str, Tensor]]:
     """Decode, threshold, and suppress overlapping boxes of the same class, for a whole batch at once.
 
     A detection's score is objectness x class probability. A prediction stands for its likeliest class, which
     is what a person wants to see; with `all_classes` also for every other one that reaches the threshold, as
-    in Darknet's own scoring.
+    in Darknet's own scoring. With `nms="merge"` a kept box becomes the mean, weighted by score, of the boxes
+    of its class that overlap it by more than `MERGE_IOU`, itself included.
 
     Returns:
         Per image, sorted by score: `boxes` [K, 4] xyxy pixels of the network input, `scores` [K], `labels`
         [K], and `index` [K], the place of each among the N predictions of `decode`; K <= `max_detections`.
     """
-    boxes, objectness, class_probs = decode(outputs, anchors)
+    boxes, objectness, class_probs = decode(outputs, anchors, class_loss)
     scores = objectness[..., None] * class_probs
     return [
-        _suppress(*image, score_threshold, iou_threshold, max_detections, all_classes)
+        _suppress(*image, score_threshold, iou_threshold, max_detections, all_classes, nms)
         for image in zip(boxes, scores, strict=True)
     ]
 
@@ -193,6 +201,7 @@ def _suppress(
     iou_threshold: float,
     max_detections: int,
     all_classes: bool,
+    nms: Literal["standard", "merge"],
 ) -> dict[str, Tensor]:
     """Return the detections of one image from boxes [N, 4] and scores [N, C].
 
@@ -203,9 +212,18 @@ def _suppress(
     confidence = scores[index, labels]
     order = confidence.argsort(descending=True, stable=True)[:MAX_CANDIDATES]
     index, labels, confidence = index[order], labels[order], confidence[order]
-    kept = batched_nms(boxes[index], confidence, labels, iou_threshold)[:max_detections]
-    index = index[kept]
-    return {"boxes": boxes[index], "scores": confidence[kept], "labels": labels[kept], "index": index}
+    boxes = boxes[index]
+    kept = batched_nms(boxes, confidence, labels, iou_threshold)[:max_detections]
+    placed = _merge(boxes, confidence, labels, kept) if nms == "merge" else boxes[kept]
+    return {"boxes": placed, "scores": confidence[kept], "labels": labels[kept], "index": index[kept]}
+
+
+def _merge(boxes: Tensor, scores: Tensor, labels: Tensor, kept: Tensor) -> Tensor:
+    """Return, for each of the K kept rows, the mean of the boxes that show the same object: [K, 4]."""
+    same = (box_iou(boxes[kept], boxes) > MERGE_IOU) & (labels[kept][:, None] == labels)
+    same[torch.arange(len(kept), device=kept.device), kept] = True  # also a box without area
+    weights = same * scores
+    return weights @ boxes / weights.sum(1, keepdim=True)
 
 
 def _candidates(scores: Tensor, score_threshold: float, all_classes: bool) -> tuple[Tensor, Tensor]:

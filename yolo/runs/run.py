@@ -285,7 +285,8 @@ class Run:
             "loader": self.task.test.loader,
             "test_size": cfg.resolved_test_size,
             "thresholds": {
-                name: getattr(cfg, name) for name in ("score_threshold", "iou_threshold", "max_detections")
+                name: getattr(cfg, name)
+                for name in ("score_threshold", "iou_threshold", "max_detections", "nms")
             },
             "epoch": state.epoch,
             "step": state.step,

@@ -175,7 +175,7 @@ def _build_detection(config: Config) -> Task:
     train_set, test_set = open_datasets(config)
     sizes = anchor_sizes(config.anchors) or cluster_anchors(train_set, config)
     anchors = make_anchors(sizes, config.resolved_test_size)
-    criterion = YoloLoss(anchors, config, config.label_smoothing)
+    criterion = YoloLoss(anchors, config.loss_settings, config.label_smoothing)
     return Task(
         config=config,
         class_names=train_set.class_names,
@@ -254,6 +254,8 @@ def _postprocess(
         iou_threshold=config.iou_threshold,
         max_detections=config.max_detections,
         all_classes=all_classes,
+        nms=config.nms,
+        class_loss=config.loss_settings.class_loss,
     )
 
 
@@ -301,8 +303,15 @@ def _tile(pictures: Sequence[np.ndarray]) -> np.ndarray:
 def _assign(
     config: Config, targets: Any, anchors: Tensor, img_size: int, device: torch.device
 ) -> list[ScaleTargets]:
+    loss = config.loss_settings
     return assign_targets(
-        targets, anchors, img_size, rule=config.assignment, ignore_iou=config.ignore_iou, device=device
+        targets,
+        anchors,
+        img_size,
+        rule=loss.assignment,
+        ignore_iou=loss.ignore_iou,
+        use_difficult=config.train_difficult,
+        device=device,
     )
 
 
