@@ -16,7 +16,7 @@ import tyro
 import yaml
 
 from yolo.errors import UsageError, UserError
-from yolo.files import read_text
+from yolo.files import find, read_text
 
 Args = TypeVar("Args")
 # Not stored with a run: in a file they would hold for its first start and be forgotten by its resume.
@@ -82,7 +82,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UsageError: if the file is missing, is no YAML, or is no mapping.
     """
     try:
-        values = yaml.safe_load(read_text(path))
+        values = yaml.safe_load(read_text(find(path)))
     except OSError as error:
         raise UsageError(f"--config {path}: cannot be read ({error.strerror})") from None
     except yaml.YAMLError as error:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and text files from any editor."""
+"""Files that appear whole or not at all, text from any editor, and files that come with the package."""
 
 import os
 from collections.abc import Iterator
@@ -49,3 +49,21 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+
+
+def bundled(name: str) -> Path:
+    """Return where a script, `configs`, `weights` or `samples` that comes with this package is.
+
+    In a checkout and in a Space that is beside `yolo/`, in an installed wheel in `yolo/bundled/`.
+    """
+    package = Path(__file__).parent
+    installed = package / "bundled"
+    return (installed if installed.is_dir() else package.parent) / name
+
+
+def find(path: Path) -> Path:
+    """Return `path`; where it is `configs/voc.yaml` or the like and not in this folder, the bundled file."""
+    if path.parts[:1] in [("configs",), ("weights",), ("samples",)] and not path.exists():
+        found = bundled(str(path))
+        return found if found.exists() else path
+    return path

@@ -95,7 +95,7 @@ def build(
 
     Args:
         folder: to be made; must not exist, or be empty.
-        source: where `app.py` and the package lie.
+        source: where `app.py` and `LICENSE` are.
         models: by task.
         count: samples per model.
         data: `data_root` and `split` of the samples, where they differ from the training run.
@@ -183,7 +183,8 @@ def _copy_code(source: Path, space: Path) -> None:
     space.mkdir()
     shutil.copyfile(source / "app.py", space / "app.py")
     shutil.copyfile(source / "LICENSE", space / "LICENSE")
-    shutil.copytree(source / "yolo", space / "yolo", ignore=shutil.ignore_patterns("__pycache__"))
+    package = Path(__file__).parents[1]
+    shutil.copytree(package, space / "yolo", ignore=shutil.ignore_patterns("__pycache__", "bundled"))
 
 
 def _make_samples(

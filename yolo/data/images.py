@@ -10,6 +10,7 @@ from torch import Tensor
 from yolo.data.dataset import IMAGE_SUFFIXES, Annotation
 from yolo.data.mosaic import compose, letterbox_tile
 from yolo.errors import UsageError
+from yolo.files import find
 
 
 def list_pictures(pattern: str) -> list[Path]:
@@ -18,7 +19,7 @@ def list_pictures(pattern: str) -> list[Path]:
     Raises:
         UsageError: if there are none.
     """
-    path = Path(pattern)
+    path = find(Path(pattern))
     if path.is_file():
         return [path]
     found = path.iterdir() if path.is_dir() else map(Path, glob.glob(pattern, recursive=True))

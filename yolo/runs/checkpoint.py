@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from yolo.config import Config, parse_interval
 from yolo.errors import UserError
-from yolo.files import replacing
+from yolo.files import find, replacing
 from yolo.runs.folder import list_checkpoints, step_of
 from yolo.tasks.build import build_model
 
@@ -201,6 +201,7 @@ def load_weights(path: Path) -> LoadedWeights:
     Raises:
         UserError: if the file is missing, damaged or not ours.
     """
+    path = find(path)
     content = _read_safetensors(path) if path.suffix == ".safetensors" else load_checkpoint(path)
     config = Config.from_dict(content["config"])
     class_names = tuple(content["classes"])
