@@ -154,17 +154,21 @@ def train(
     from yolo.engine import loaders, loop
     from yolo.engine.stopping import EXIT_CODES
 
+    sampler.set_position(state.epoch, state.batch)
     train_loader = loaders.make_train_loader(fabric, task.config, task, sampler)
+    steps = loop.optimizer_steps(train_loader, task.config.grad_accum_steps)
     test_loader = loaders.make_test_loader(fabric, task.config, task.test)
     results = None
     while results is None or state.step < run.end:
         if not state.evaluation_due and state.step < run.end:
-            loop.train_one_epoch(fabric, state, task, train_loader, stop, run)
+            loop.train_one_epoch(fabric, state, task, steps, stop, run)
         reason = processes.agreed_reason(fabric, stop)
         if reason is None:
             results = loop.evaluate_if_due(fabric, state, task, test_loader, stop, run)
             reason = processes.agreed_reason(fabric, stop)
-        run.save()
+        at_end = state.step >= run.end
+        if any(processes.agree(fabric, at_end or reason is not None or run.save_is_due(state.step))):
+            run.save()
         if reason is not None:
             run.close()
             fabric.barrier()  # when one rank exits, launchers kill the others: not before rank 0 wrote

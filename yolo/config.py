@@ -257,7 +257,8 @@ class LogConfig:
     map_every: int | Literal["last"] = "last"
     """Epochs between computations of mAP; `last` does it once, at the end."""
     save_every: Annotated[str, tyro.conf.arg(metavar="STEPS|10m")] = "10m"
-    """Optimizer steps, or time as in `90s 10m 2h`, between checkpoints; each epoch is saved as well."""
+    """Optimizer steps, or time as in `90s 10m 2h`, between checkpoints; the best test so far and the end
+    of the run are saved as well."""
     keep: int | None = None
     """Keep this many newest checkpoints (best and last always stay). Default: keep all."""
 

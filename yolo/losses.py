@@ -4,7 +4,7 @@ Everything is vectorised over the batch: there is no loop over boxes. The counts
 computed outside, over the whole global batch, so that the gradient does not depend on who shares it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -196,7 +196,7 @@ class YoloLoss(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(
-        self, outputs: Sequence[Tensor], assigned: Sequence[ScaleTargets], counts: Tensor
+        self, outputs: Sequence[Tensor], assigned: Iterable[ScaleTargets], counts: Tensor
     ) -> dict[str, Tensor]:
         """Return the four weighted terms as scalars; a term without any cell is 0 and still has a gradient.
 

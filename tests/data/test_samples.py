@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -55,10 +56,16 @@ def make_loader(
     )
 
 
+def epoch_of(loader: DataLoader) -> Iterator[tuple]:
+    """The batches from the sampler's position to the end of its epoch."""
+    sampler = loader.batch_sampler
+    return islice(loader, (len(sampler) - sampler.first_batch) * sampler.grad_accum_steps)
+
+
 def digests(loader: DataLoader) -> list[str]:
-    """One digest per image with its target: order and bytes."""
+    """One digest per image of an epoch with its target: order and bytes."""
     found = []
-    for images, targets in loader:
+    for images, targets in epoch_of(loader):
         for image, target in zip(images, targets, strict=True):
             state = hashlib.sha256(image.numpy().tobytes())
             for key in ("boxes", "labels", "difficult"):
@@ -102,6 +109,15 @@ def test_starting_at_any_batch_continues_the_epoch(digits: DetectionDataset):
         assert digests(make_loader(digits, position=(2, batch))) == whole[8 * batch :]
 
 
+def test_the_epochs_follow_one_another_without_an_end(digits: DetectionDataset):
+    sampler = make_loader(digits, position=(1, 1)).batch_sampler
+    steps = 2 * len(sampler) - 1
+    found = list(islice(sampler, steps))
+    assert [keys[0].epoch for keys in found] == [1] * (len(sampler) - 1) + [2] * len(sampler)
+    sampler.set_position(2, 0)
+    assert list(islice(sampler, len(sampler))) == found[-len(sampler) :]
+
+
 def test_two_epochs_share_no_sample(digits: DetectionDataset):
     first, second = (set(digests(make_loader(digits, position=(epoch, 0)))) for epoch in (0, 1))
     assert not first & second
@@ -120,8 +136,7 @@ def test_every_rank_and_micro_batch_of_a_step_has_one_size_and_every_size_occurs
     for epoch in range(5):
         for sampler in samplers:
             sampler.set_position(epoch, 0)
-        batches = list(zip(*samplers, strict=True))
-        assert len(batches) == 2 * len(samplers[0])
+        batches = list(islice(zip(*samplers, strict=True), 2 * len(samplers[0])))
         for step in range(len(samplers[0])):
             keys = [key for pair in batches[2 * step : 2 * step + 2] for share in pair for key in share]
             assert len({key.img_size for key in keys}) == 1
@@ -133,7 +148,7 @@ def test_every_rank_and_micro_batch_of_a_step_has_one_size_and_every_size_occurs
 def test_images_have_the_size_drawn_and_boxes_lie_inside(digits: DetectionDataset):
     sizes = set()
     for epoch in range(4):
-        for images, targets in make_loader(digits, position=(epoch, 0)):
+        for images, targets in epoch_of(make_loader(digits, position=(epoch, 0))):
             size = images.shape[-1]
             sizes.add(size)
             assert images.dtype == torch.uint8 and images.shape[1:] == (3, size, size)

@@ -22,7 +22,7 @@ def test_the_average_follows_its_recurrence_and_includes_the_statistics():
             for value in model.state_dict().values():
                 if value.is_floating_point():
                     value += torch.randn_like(value)
-        ema.update(model, step)
+        ema.update(step)
         decay = min(0.9, (1 + step) / (10 + step))
         for name, value in expected.items():
             value.mul_(decay).add_(model.state_dict()[name], alpha=1 - decay)
@@ -35,7 +35,7 @@ def test_the_model_itself_stays_and_the_average_is_not_trained():
     model = make_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     ema = Ema(model, decay=0.5)
-    ema.update(model, 0)
+    ema.update(0)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not any(parameter.requires_grad for parameter in ema.module.parameters())
     assert not ema.module.training

@@ -7,6 +7,7 @@ workers and ranks.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -72,20 +73,26 @@ class MultiSizeBatchSampler(Sampler[list[SampleKey]]):
         self.first_batch = batch
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        """Yield from the position to the end of its epoch."""
-        order = self._order()
-        for batch in range(self.first_batch, len(self)):
-            size = self.img_size(self.epoch * len(self) + batch)
-            indices = order[batch * self.batch_size :][: self.batch_size]
-            for mine in indices.reshape(self.grad_accum_steps, self.world_size, -1)[:, self.rank]:
-                yield [SampleKey(self.epoch, int(index), size) for index in mine]
+        """Yield from the position on, epoch after epoch without an end.
+
+        So workers go on with the next epoch while a test runs or a checkpoint is written.
+        """
+        first_batch = self.first_batch
+        for epoch in count(self.epoch):
+            order = self._order(epoch)
+            for batch in range(first_batch, len(self)):
+                size = self.img_size(epoch * len(self) + batch)
+                indices = order[batch * self.batch_size :][: self.batch_size]
+                for mine in indices.reshape(self.grad_accum_steps, self.world_size, -1)[:, self.rank]:
+                    yield [SampleKey(epoch, int(index), size) for index in mine]
+            first_batch = 0
 
     def img_size(self, step: int) -> int:
         """Return the image size of one optimizer step, counted from the start of the run."""
         return self.img_sizes[np.random.default_rng([self.seed, step]).integers(len(self.img_sizes))]
 
-    def _order(self) -> np.ndarray:
-        """Return the epoch's permutation, repeated with new indices where it would not fill a batch."""
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_samples)
+    def _order(self, epoch: int) -> np.ndarray:
+        """Return an epoch's permutation, repeated with new indices where it would not fill a batch."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
         repeats = -(-self.batch_size // self.num_samples)
         return np.concatenate([order + repeat * self.num_samples for repeat in range(repeats)])

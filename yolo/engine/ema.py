@@ -14,16 +14,16 @@ class Ema:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
+        """Copy a model that is where it stays: its tensors are listed here once, not at each step."""
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
+        self.averages, self.values = _floating(self.module), _floating(model)
 
-    def update(self, model: nn.Module, step: int) -> None:
-        """Move the average towards `model` after optimizer step number `step`, counted from 0."""
+    def update(self, step: int) -> None:
+        """Move the average towards the model after optimizer step number `step`, counted from 0."""
         average = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))
-        average(_floating(self.module), _floating(model), step)
+        average(self.averages, self.values, step)
 
 
 def _floating(model: nn.Module) -> list[Tensor]:
-    return [
-        value.detach() for value in model.state_dict(keep_vars=True).values() if value.is_floating_point()
-    ]
+    return [value for value in model.state_dict(keep_vars=True).values() if value.is_floating_point()]

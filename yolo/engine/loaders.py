@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Subset
 
 from yolo.config import Config
@@ -40,7 +41,10 @@ def make_sampler(fabric: Fabric, cfg: Config, num_samples: int) -> MultiSizeBatc
 def make_train_loader(
     fabric: Fabric, cfg: Config, task: Task, sampler: MultiSizeBatchSampler, start_method: str | None = None
 ) -> DataLoader:
-    """Return the loader of micro-batches. Fabric's wrapper is left out: it would rebuild the sampler."""
+    """Return the loader of micro-batches, endless as its sampler, from the position of the sampler on.
+
+    Fabric's wrapper is left out: it would rebuild the sampler.
+    """
     return DataLoader(
         task.train_samples,
         batch_sampler=sampler,  # type: ignore[arg-type]
@@ -57,7 +61,7 @@ def make_test_loader(fabric: Fabric, cfg: Config, test: Test) -> DataLoader:
         Subset(test.samples, share),
         batch_size=batch_size,
         collate_fn=test.collate,
-        **{**_worker_settings(fabric, cfg), "persistent_workers": False},
+        **_worker_settings(fabric, cfg),
     )
 
 
@@ -68,6 +72,7 @@ def _worker_settings(fabric: Fabric, cfg: Config, start_method: str | None = Non
         "num_workers": workers,
         "worker_init_fn": init_worker,
         "pin_memory": fabric.device.type == "cuda",
-        "persistent_workers": workers > 0,
+        "persistent_workers": workers > 0,  # a test every few seconds should not start them anew
         "multiprocessing_context": start_method if workers else None,
+        "generator": torch.Generator(),  # else each start of an iterator takes a number from the run's own
     }

@@ -63,7 +63,7 @@ def introduction(fabric: Fabric, cfg: Config, task: Task, run: Run) -> str:
 
 
 def optimizer_steps(loader: DataLoader, grad_accum_steps: int) -> Iterator[list[Any]]:
-    """Yield the micro-batches of one optimizer step after another."""
+    """Yield the micro-batches of one optimizer step after another, epoch after epoch without an end."""
     batches = iter(loader)
     while micro_batches := list(islice(batches, grad_accum_steps)):
         yield micro_batches
@@ -73,27 +73,26 @@ def train_step(
     fabric: Fabric, state: State, task: Task, micro_batches: Sequence[Any], *, lr: float, beta1: float
 ) -> None:
     """Make one optimizer step from the micro-batches of this rank; never waits for the device."""
-    cfg = task.config
-    images_on_device = [images.to(fabric.device, non_blocking=True) for images, _ in micro_batches]
-    assigned = [task.assign(targets, images.shape[-1]) for images, targets in micro_batches]
-    counts = sum_over_ranks(fabric, torch.stack([task.count(part) for part in assigned]).sum(0))
+    on_device = [[part.to(fabric.device, non_blocking=True) for part in batch] for batch in micro_batches]
+    counts = sum_over_ranks(fabric, torch.stack([task.count(targets) for _, targets in on_device]).sum(0))
     finite = torch.ones((), dtype=torch.bool, device=fabric.device)
-    for i, images in enumerate(images_on_device):
+    for i, (images, targets) in enumerate(on_device):
         with fabric.no_backward_sync(state.model, enabled=i + 1 < len(micro_batches)):
-            losses = task.criterion(state.model(images), assigned[i], counts)
-            total = torch.stack(list(losses.values())).sum()
+            losses = task.criterion(state.model(images), targets, counts)
+            terms = torch.stack(list(losses.values()))
+            total = terms.sum()
             fabric.backward(total * fabric.world_size)  # DDP averages, the counts are global sums
         finite &= total.detach().isfinite()
-        for name, loss in losses.items():
-            state.loss_sums[name] = state.loss_sums.get(name, 0.0) + loss.detach().double()
+        state.add_losses(list(losses), terms.detach())
     for group in state.optimizer.param_groups:
         group["lr"], group["betas"] = lr, (beta1, group["betas"][1])
     if state.scaler:
         state.scaler.unscale_(state.optimizer.optimizer)
-    nn.utils.clip_grad_norm_(state.network.parameters(), cfg.max_norm)  # Fabric's refuses a fused optimizer
+    # Fabric's own refuses a fused optimizer under a scaler
+    nn.utils.clip_grad_norm_(state.parameters, task.config.max_norm, foreach=True)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    state.ema.update(state.network, state.step)
+    state.ema.update(state.step)
     state.bad_steps = torch.where(finite, 0, state.bad_steps + 1)
     state.step += 1
     state.batch += 1
@@ -103,33 +102,38 @@ def train_one_epoch(
     fabric: Fabric,
     state: State,
     task: Task,
-    loader: DataLoader,
+    steps: Iterator[list[Any]],
     stop: StopRequest,
     run: Run,
 ) -> None:
     """Train from the state's position to the end of its epoch, of the run, or until somebody asks to stop.
 
+    Args:
+        fabric: as launched.
+        state: says where to go on.
+        task: what is learned.
+        steps: from `optimizer_steps`, at the state's position; the next epoch goes on with it.
+        stop: lets a signal end the training.
+        run: where losses and checkpoints go.
+
     Raises:
         UserError: if the loss is not finite for several steps, or the GPU's memory is exhausted.
     """
     cfg, schedule = task.config, run.schedule
-    sampler: MultiSizeBatchSampler = loader.batch_sampler  # type: ignore[assignment]
-    sampler.set_position(state.epoch, state.batch)
     meter = Meter(fabric, cfg, state, run)
-    steps = meter.timed(optimizer_steps(loader, cfg.grad_accum_steps))
     try:
-        for micro_batches in steps:
+        for micro_batches in meter.timed(steps):
             lr, beta1 = schedule.lr[state.step], schedule.beta1[state.step]
             train_step(fabric, state, task, micro_batches, lr=lr, beta1=beta1)
             meter.count(micro_batches)
             if state.step % cfg.log_every == 0 or state.step == run.end:
                 meter.log()
-            if state.batch == len(sampler):
+            if state.batch == schedule.steps_per_epoch:
                 state.epoch, state.batch, state.evaluation_due = state.epoch + 1, 0, True
             stopping, saving = agree(fabric, stop.reason is not None, run.save_is_due(state.step))
-            if state.step == run.end or stopping:
-                return
-            if saving and not state.evaluation_due:  # else the test comes first, and a save after it
+            if state.step == run.end or stopping or state.evaluation_due:
+                return  # if a save is due as well, the test comes first
+            if saving:
                 run.save()
     except torch.OutOfMemoryError:
         raise UserError(

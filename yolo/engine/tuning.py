@@ -7,7 +7,7 @@ and look where the loss is lowest before it diverges. Both work on a copy: the r
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,14 +85,16 @@ def find_max_lr(fabric: Fabric, scaler: torch.amp.GradScaler | None, task: Task,
 
 def run_range_test(fabric: Fabric, scaler: torch.amp.GradScaler | None, task: Task) -> LrRange:
     """Train a copy of the model while the learning rate rises; stop when the loss has diverged."""
-    _move_to_device(fabric, task)
     trial = dataclasses.replace(task, model=copy.deepcopy(task.model))
     scaler_before = copy.deepcopy(scaler.state_dict()) if scaler else None
     state = make_state(fabric, scaler, task.config, trial)
     rates = rising_rates(RANGE_STEPS)
     losses: list[float] = []
     progress = Progress(RANGE_STEPS, "learning-rate range test", fabric.is_global_zero)
-    for lr, micro_batches in zip(rates, _endless_steps(fabric, trial), strict=False):
+    sampler = make_sampler(fabric, task.config, len(task.train_set))
+    loader = make_train_loader(fabric, task.config, task, sampler)
+    steps = optimizer_steps(loader, task.config.grad_accum_steps)
+    for lr, micro_batches in zip(rates, steps, strict=False):
         train_step(fabric, state, trial, micro_batches, lr=lr, beta1=BETA1)
         loss = float(sum_over_ranks(fabric, torch.stack([*state.loss_sums.values()]).sum()))
         state.loss_sums.clear()
@@ -129,7 +131,7 @@ def find_batch_size(fabric: Fabric, cfg: Config, task: Task, largest: int | None
     """
     from accelerate.utils import find_executable_batch_size
 
-    _move_to_device(fabric, task)
+    task.criterion.to(fabric.device)
     top = largest or (GPU_BATCH if fabric.device.type == "cuda" else CPU_BATCH)
     sizes = [2**power for power in range(int(math.log2(top)), -1, -1)]
     smaller = iter([*sizes[1:], 0])
@@ -154,21 +156,14 @@ def find_batch_size(fabric: Fabric, cfg: Config, task: Task, largest: int | None
     return micro_batch * fabric.world_size * cfg.grad_accum_steps
 
 
-def _move_to_device(fabric: Fabric, task: Task) -> None:
-    """Targets are assigned where the criterion or, for a classifier, the model lies."""
-    task.model.to(fabric.device)
-    task.criterion.to(fabric.device)
-
-
 def _try_micro_batch(fabric: Fabric, cfg: Config, task: Task, batch_size: int) -> None:
     """Make two optimizer steps at the largest image size: the second one holds Adam's state as well."""
-    images, targets = _repeated_batch(cfg, task, batch_size)
+    images, targets = (part.to(fabric.device) for part in _repeated_batch(cfg, task, batch_size))
     network = copy.deepcopy(task.model).to(fabric.device).to(memory_format=torch.channels_last)
     optimizer = make_optimizer(network, cfg)
     for _ in range(2):
-        assigned = task.assign(targets, images.shape[-1])
         with fabric.autocast():
-            losses = task.criterion(network(images.to(fabric.device)), assigned, task.count(assigned))
+            losses = task.criterion(network(images), targets, task.count(targets))
         torch.stack(list(losses.values())).sum().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -179,17 +174,6 @@ def _repeated_batch(cfg: Config, task: Task, batch_size: int) -> Any:
     distinct = MultiSizeBatchSampler(len(task.train_set), min(batch_size, 4), (max(cfg.img_sizes),), cfg.seed)
     samples = [task.train_samples[key] for key in next(iter(distinct))]
     return task.train_collate((samples * batch_size)[:batch_size])
-
-
-def _endless_steps(fabric: Fabric, task: Task) -> Iterator[list[Any]]:
-    cfg = task.config
-    sampler = make_sampler(fabric, cfg, len(task.train_set))
-    loader = make_train_loader(fabric, cfg, task, sampler)
-    epoch = 0
-    while True:
-        sampler.set_position(epoch, 0)
-        yield from optimizer_steps(loader, cfg.grad_accum_steps)
-        epoch += 1
 
 
 def rising_rates(steps: int) -> list[float]:

@@ -161,8 +161,8 @@ class Run:
             self.logbook.picture(name, image, step)
 
     def save_is_due(self, step: int) -> bool:
-        """Return whether `--save-every` asks for a checkpoint now; only rank 0 knows."""
-        return self.checkpoints is not None and self.checkpoints.is_due(step)
+        """Return whether `--save-every` or a test, the best so far, asks for a checkpoint; rank 0 knows."""
+        return self.checkpoints is not None and (self.best_pending or self.checkpoints.is_due(step))
 
     def save(self) -> None:
         """Save a checkpoint now, and let `best.txt` name it if the test before it was the best so far.

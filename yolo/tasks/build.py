@@ -1,7 +1,7 @@
 """What is learned, as a bundle of plain parts: the only module that knows every task.
 
-A `Task` holds a model, a criterion, how targets become what the criterion wants, how a test is scored, and
-the data. The engine runs any of them through the same loop.
+A `Task` holds a model, a criterion, how a test is scored, and the data, whose collate returns targets as the
+criterion wants them. The engine runs any of them through the same loop.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,13 +23,14 @@ from yolo.data.anchors import cluster_anchors
 from yolo.data.samples import MosaicCollate, TestSamples, TrainSamples, plain_collate
 from yolo.data.sources import open_datasets, open_test_set
 from yolo.errors import UsageError
-from yolo.losses import ScaleTargets, YoloLoss, assign_targets, count_targets
+from yolo.losses import YoloLoss
 from yolo.metrics.average_precision import DetectionMetrics
 from yolo.metrics.cell_accuracy import CellAccuracy
 from yolo.metrics.classification import ClassificationMetrics
 from yolo.metrics.report import SHOWN_SCORE
 from yolo.models.resnet import ResNet
 from yolo.models.yolov3 import STRIDES, YoloV3, make_anchors, postprocess
+from yolo.tasks.assigned import AssignedCollate, assign
 from yolo.viz.draw import draw_boxes
 
 PICTURES = 8  # in TensorBoard
@@ -40,7 +41,7 @@ T = TypeVar("T")
 class Criterion(Protocol):
     """Losses by term, as device scalars; their sum is minimised."""
 
-    def __call__(self, outputs: Any, assigned: Any, counts: Tensor) -> dict[str, Tensor]:
+    def __call__(self, outputs: Any, targets: Any, counts: Tensor) -> dict[str, Tensor]:
         """Return each term summed over its cells and divided by `counts`, those of the whole global batch."""
 
 
@@ -83,12 +84,11 @@ class Task:
     anchors: Tensor | None  # [3, A, 2] pixels; None for classification
     model: nn.Module
     criterion: nn.Module  # a Criterion
-    assign: Callable[[Any, int], Any]  # (targets of a batch, image size) -> what the criterion wants
-    count: Callable[[Any], Tensor]  # that -> the counts that normalise the loss
+    count: Callable[[Any], Tensor]  # targets of a batch -> the counts that normalise the loss
     score: Callable[[Mapping[str, Any]], float]  # results -> what "best" means
     train_set: Any
     train_samples: Dataset
-    train_collate: Callable
+    train_collate: Callable  # to images uint8 [B, 3, S, S] and targets that have a `to(device)`
     test: Test
 
 
@@ -127,7 +127,7 @@ class DetectionEvaluation:
     def update(self, outputs: Sequence[Tensor], targets: Sequence[Mapping[str, Any]]) -> None:
         """Add one batch of raw outputs and the targets of `TestSamples`."""
         img_size, device = outputs[0].shape[2] * STRIDES[0], outputs[0].device
-        self.cells.update(outputs, _assign(self.config, targets, self.anchors, img_size, device))
+        self.cells.update(outputs, assign(self.config, targets, self.anchors, img_size, device))
         if self.detections is None:
             return
         threshold = self.config.score_threshold
@@ -163,10 +163,10 @@ class ClassificationLoss(nn.Module):
         super().__init__()
         self.label_smoothing = label_smoothing
 
-    def forward(self, outputs: Tensor, assigned: Tensor, counts: Tensor) -> dict[str, Tensor]:
+    def forward(self, outputs: Tensor, labels: Tensor, counts: Tensor) -> dict[str, Tensor]:
         """Compare logits [B, C] with labels [B]; `counts` is the number of images."""
         total = functional.cross_entropy(
-            outputs.float(), assigned, reduction="sum", label_smoothing=self.label_smoothing
+            outputs.float(), labels, reduction="sum", label_smoothing=self.label_smoothing
         )
         return {"class": total / counts.clamp(min=1)}
 
@@ -182,12 +182,11 @@ def _build_detection(config: Config) -> Task:
         anchors=anchors,
         model=build_model(config, len(train_set.class_names)),
         criterion=criterion,
-        assign=lambda targets, size: _assign(config, targets, anchors, size, criterion.anchors.device),
-        count=count_targets,
+        count=lambda targets: targets.counts,
         score=_product_of_accuracies,
         train_set=train_set,
         train_samples=TrainSamples(train_set, config, config.seed),
-        train_collate=MosaicCollate(config, config.seed),
+        train_collate=AssignedCollate(MosaicCollate(config, config.seed), anchors, config),
         test=_detection_test(config, test_set, anchors),
     )
 
@@ -219,7 +218,6 @@ def _build_classification(config: Config) -> Task:
         anchors=None,
         model=model,
         criterion=ClassificationLoss(config.label_smoothing),
-        assign=lambda labels, size: labels.to(next(model.parameters()).device, non_blocking=True),
         count=lambda labels: torch.full((), float(len(labels)), device=labels.device),
         score=lambda results: results["accuracy"],
         train_set=train_set,
@@ -298,21 +296,6 @@ def _draw_classes(test_set: Any, predict: Callable[[Tensor], Any]) -> np.ndarray
 def _tile(pictures: Sequence[np.ndarray]) -> np.ndarray:
     grid = make_grid([torch.from_numpy(picture).permute(2, 0, 1) for picture in pictures], nrow=4, padding=2)
     return grid.permute(1, 2, 0).numpy()
-
-
-def _assign(
-    config: Config, targets: Any, anchors: Tensor, img_size: int, device: torch.device
-) -> list[ScaleTargets]:
-    loss = config.loss_settings
-    return assign_targets(
-        targets,
-        anchors,
-        img_size,
-        rule=loss.assignment,
-        ignore_iou=loss.ignore_iou,
-        use_difficult=config.train_difficult,
-        device=device,
-    )
 
 
 def _product_of_accuracies(results: Mapping[str, Any]) -> float:
