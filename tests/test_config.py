@@ -48,6 +48,12 @@ def test_a_stored_configuration_reads_back_the_same(tmp_path):
     [
         ("epohcs: 3", "did you mean 'epochs'"),
         ("epochs: many", "'epochs: many'"),
+        ("epochs: 3.5", "'epochs: 3.5' has a value of the wrong type"),
+        ("epochs: true", "'epochs: True'"),
+        ("epochs: null", "'epochs: None'"),
+        ("skip_bad: 1", "'skip_bad: 1'"),
+        ("nms: fast", "'nms: fast'"),
+        ("img_sizes: [320, big]", "'img_sizes: [320, 'big']'"),
         ("img_sizes: [300]", "multiples of 32"),
         ("- a list", "key: value"),
         ("out_dir: here", "'out_dir' is of one start alone: write it on the command line"),
@@ -61,6 +67,28 @@ def test_a_bad_yaml_file_is_one_clear_line(tmp_path, text, expected):
         cli.parse(Args, [], "", file)
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("max_lr: 2e-3", 2e-3),  # text for YAML, which wants 2.0e-3
+        ("max_lr: 1", 1.0),
+        ("max_lr: auto", "auto"),
+        ("batch_size: '16'", 16),
+        ("save_every: 500", "500"),
+        ("classes: [0, 1, 2]", "0,1,2"),
+        ("data_root: null", None),
+        ("test_size: 320", 320),
+        ("img_sizes: 320", (320,)),
+        ("img_sizes: 320,416", (320, 416)),
+        ("no_object_scales: [1, 1, 0.5]", (1.0, 1.0, 0.5)),
+    ],
+)
+def test_a_value_of_a_yaml_file_becomes_what_its_field_wants(tmp_path, text, value):
+    args = cli.parse(Args, [], "", write(tmp_path / "c.yaml", text + "\n"))
+    found = getattr(args, text.split(":")[0])
+    assert (found, type(found)) == (value, type(value))
 
 
 def test_a_missing_yaml_file_is_named(tmp_path):
@@ -85,6 +113,9 @@ def test_a_missing_yaml_file_is_named(tmp_path):
         ({"seed": -1}, "--seed"),
         ({"workers": -1}, "--workers"),
         ({"weight_decay": -0.1}, "--weight-decay"),
+        ({"devices": 0}, "--devices 0: must be positive"),
+        ({"ignore_iou": 1.5}, "--ignore-iou 1.5: must lie between 0 and 1"),
+        ({"score_threshold": float("nan")}, "--score-threshold"),
     ],
 )
 def test_values_that_cannot_work_are_refused_by_their_flag(values, flag):
@@ -177,6 +208,8 @@ def test_a_machine_without_libgl_is_told_what_to_install(monkeypatch, capsys):
         ("--out-dir a --seed 1 --out_dir=b", "b"),
         ("--seed 1", None),
         ("--out-dir", None),
+        ("--out-dirs a", None),
+        ("loader --seed 1 --out-dir a", "a"),
     ],
 )
 def test_a_flag_is_read_ahead_as_it_will_be_parsed(line, value):

@@ -3,14 +3,15 @@
 Exit codes: 0 done, 1 failed, 2 bad arguments, 143 / 130 stopped by SIGTERM / SIGINT after saving.
 """
 
-import dataclasses
+import argparse
 import difflib
 import re
 import sys
 from collections.abc import Callable, Sequence
-from itertools import zip_longest
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
@@ -36,16 +37,17 @@ def parse(
         UsageError: for an unreadable file or an unknown key, naming the nearest one.
         SystemExit: with 2 for flags that do not parse, with 0 after `--help`.
     """
-    words = command_line(argv)
-    description = re.sub(r"(?<!\n)\n(?!\n)", "\n\n", description)  # tyro joins the lines of a paragraph
+    argv = command_line(argv)
+    # tyro joins the lines of a paragraph
+    description = re.sub(r"(?<!\n)\n(?!\n)", "\n\n", description)
     if config_file is None:
-        return tyro.cli(args_class, args=words, description=description)
+        return tyro.cli(args_class, args=argv, description=description)
     default = _from_yaml(args_class, Path(config_file))
-    return tyro.cli(args_class, args=words, default=default, description=description)
+    return tyro.cli(args_class, args=argv, default=default, description=description)
 
 
 def command_line(argv: Sequence[str] | None) -> list[str]:
-    """Return the words of the command line, unless a caller gives its own."""
+    """Return the arguments of the command line, unless a caller gives its own."""
     return list(sys.argv[1:] if argv is None else argv)
 
 
@@ -94,48 +96,46 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def value_of(flag: str, argv: Sequence[str]) -> str | None:
+    """Return what the last `flag` of a command line says, before all of it is parsed; None without it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(flag, "--" + flag[2:].replace("-", "_"), dest="value", nargs="?")
+    return parser.parse_known_args(argv)[0].value
+
+
 def _from_yaml(args_class: type[Args], path: Path) -> Args:
-    values = read_yaml(path)
-    known = {field.name for field in dataclasses.fields(args_class)}  # type: ignore[arg-type]
-    words: list[str] = []
-    for key, value in values.items():
+    types = get_type_hints(args_class)
+    values: dict[str, Any] = {}
+    for key, value in read_yaml(path).items():
         if key in OF_ONE_START:
             raise UsageError(f"--config {path}: '{key}' is of one start alone: write it on the command line")
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
+        if key not in types:
+            near = difflib.get_close_matches(str(key), types, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise UsageError(f"--config {path}: unknown key '{key}'{hint}")
-        words += _as_flag(key, value)
-    try:
-        return tyro.cli(args_class, args=words, console_outputs=False)
-    except SystemExit:
-        raise UsageError(
-            f"--config {path}: {_first_bad_key(args_class, values)} has a value of the wrong type"
-        ) from None
-
-
-def _as_flag(key: str, value: Any) -> list[str]:
-    flag = key.replace("_", "-")
-    if isinstance(value, bool):
-        return [f"--{flag}" if value else f"--no-{flag}"]
-    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    return [f"--{flag}", text]
-
-
-def _first_bad_key(args_class: type, values: dict[str, Any]) -> str:
-    for key, value in values.items():
         try:
-            tyro.cli(args_class, args=_as_flag(key, value), console_outputs=False)
-        except SystemExit:
-            return f"'{key}: {value}'"
-    return "a key"
+            values[key] = _as_type(types[key], value)
+        except ValueError:
+            raise UsageError(f"--config {path}: '{key}: {value}' has a value of the wrong type") from None
+    return args_class(**values)
 
 
-def value_of(flag: str, words: Sequence[str]) -> str | None:
-    """Return what the last `flag` in a command line that is not parsed yet says; None without it."""
-    found = None
-    for word, following in zip_longest(words, words[1:]):
-        name, equals, value = word.partition("=")
-        if name.replace("_", "-") == flag:
-            found = value if equals else following
-    return found
+def _as_type(kind: Any, value: Any) -> Any:
+    """Return a value of a YAML file as the type of its field; raise ValueError if it is no such value.
+
+    Numbers may be text (YAML reads `2e-3` as text), and text may be a number or a list.
+    """
+    parts = get_args(kind)
+    for part in parts if get_origin(kind) in (Union, UnionType) else ():
+        with suppress(ValueError):
+            return _as_type(part, value)
+    if (get_origin(kind) is Literal and value in parts) or (kind in (bool, NoneType) and type(value) is kind):
+        return value
+    if get_origin(kind) is tuple:
+        items = value if isinstance(value, list) else str(value).split(",")
+        return tuple(_as_type(parts[0], item) for item in items)
+    if kind in (int, float):
+        return kind(str(value))
+    if kind is str and not isinstance(value, bool | None):
+        return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    raise ValueError(f"{value} is no {kind}")

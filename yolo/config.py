@@ -6,13 +6,16 @@ import: `--help` answers without torch.
 
 import dataclasses
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from yolo.errors import UsageError
+
+T = TypeVar("T")
 
 
 def _comma_list(item: type, metavar: str) -> PrimitiveConstructorSpec[Any]:
@@ -25,7 +28,33 @@ def _comma_list(item: type, metavar: str) -> PrimitiveConstructorSpec[Any]:
     )
 
 
-Sizes = Annotated[tuple[int, ...], _comma_list(int, "INT,INT,...")]
+@dataclass(frozen=True)
+class Check:
+    """Stands beside the type of a field and says what is wrong with a value of it, if anything is."""
+
+    fault: Callable[[Any], str | None]
+
+
+def _fault_of_sizes(value: int | tuple[int, ...]) -> str | None:
+    sizes = value if isinstance(value, tuple) else (value,)
+    bad = [size for size in sizes if size <= 0 or size % 32]
+    if sizes and not bad:
+        return None
+    near = max(32, round((bad or [416])[0] / 32) * 32)
+    return f"sizes must be multiples of 32 (the coarsest stride), such as {near}"
+
+
+def _fault_of_three(value: tuple[float, ...]) -> str | None:
+    good = len(value) == 3 and min(value) >= 0
+    return None if good else "want three factors, as in 1,1,0.5"
+
+
+Positive = Annotated[T, Check(lambda value: None if value > 0 else "must be positive")]
+NotNegative = Annotated[T, Check(lambda value: None if value >= 0 else "must not be negative")]
+Share = Annotated[T, Check(lambda value: None if 0 <= value <= 1 else "must lie between 0 and 1")]
+Probability = Share[float]
+Stride32 = Annotated[T, Check(_fault_of_sizes)]
+Sizes = Annotated[tuple[int, ...], _comma_list(int, "INT,INT,..."), Check(_fault_of_sizes)]
 Floats = Annotated[tuple[float, ...], _comma_list(float, "NUMBER,NUMBER,...")]
 
 # The nine (w, h) of the YOLOv3 paper, section 2.3: pixels of a 416 x 416 input, from small to large.
@@ -72,27 +101,27 @@ class DataConfig:
 class AugmentConfig:
     """Changes made to a training sample; each `aug_*` is the probability that the transform is applied."""
 
-    mosaic_prob: float = 0.75
+    mosaic_prob: Probability = 0.75
     """Share of training samples composed of four images."""
-    mosaic_off_epochs: int = 0
+    mosaic_off_epochs: NotNegative[int] = 0
     """Train the last N epochs without mosaic."""
-    min_visible: float = 0.3
+    min_visible: Probability = 0.3
     """A box of which a mosaic tile or the border leaves less than this share is dropped."""
-    aug_flip: float = 0.5
+    aug_flip: Probability = 0.5
     """Horizontal mirror image."""
-    aug_affine: float = 0.5
+    aug_affine: Probability = 0.5
     """Scale, shift, small rotation and shear."""
-    aug_color: float = 0.5
+    aug_color: Probability = 0.5
     """Brightness, contrast, saturation and hue."""
-    aug_blur: float = 0.05
+    aug_blur: Probability = 0.05
     """Gaussian blur."""
-    aug_clahe: float = 0.05
+    aug_clahe: Probability = 0.05
     """Contrast-limited adaptive histogram equalisation."""
-    aug_gray: float = 0.05
+    aug_gray: Probability = 0.05
     """Drop the colours."""
-    aug_crop: float = 0.0
+    aug_crop: Probability = 0.0
     """Classification: random crop after 4-pixel padding."""
-    aug_cutout: float = 0.0
+    aug_cutout: Probability = 0.0
     """Classification: one 8x8 hole filled with the mean colour."""
 
 
@@ -100,7 +129,7 @@ class AugmentConfig:
 class ModelConfig:
     """The network."""
 
-    width: float = 1.0
+    width: Positive[float] = 1.0
     """Factor on every channel count ("reduced kernels" below 1)."""
     anchors: Annotated[str, tyro.conf.arg(metavar="coco|auto|W,H,...")] = "coco"
     """Nine anchors, small to large, in pixels of a 416 input: `coco` (the paper's), `auto` (clustered from
@@ -149,14 +178,14 @@ class LossConfig:
     no_object_norm: Literal["scale", "all", "positives"] | None = None
     """The no-object term is a mean over the empty cells of each `scale` (the three are added), of `all`
     scales together, or their sum per positive cell (`positives`)."""
-    no_object_scales: Floats | None = None
+    no_object_scales: Annotated[Floats | None, Check(_fault_of_three)] = None
     """Factors on the no-object terms of strides 32, 16 and 8, as in `1,1,0.5`."""
     assignment: Assignment | None = None
     """`reference`: the best free anchor of each scale is positive. `paper`: only the best of all
     nine. `fits`: as the reference, but only of anchors within 4 times the object's sides; its cells
     on other scales are ignored. `fits-empty`: they are empty. `multi`: every anchor that fits is
     positive."""
-    ignore_iou: float | None = None
+    ignore_iou: Share[float | None] = None
     """Anchors or, with `paper`, predictions that overlap a box by more than this are left out."""
     box_loss: Literal["mse", "ciou"] | None = None
     """Squared error of the encoded boxes, or complete IoU of the decoded ones (Zheng et al. 2020)."""
@@ -179,36 +208,36 @@ class LossConfig:
 class ScheduleConfig:
     """Optimiser and the one-cycle."""
 
-    epochs: int = 40
-    max_steps: int | None = None
+    epochs: Positive[int] = 40
+    max_steps: Positive[int | None] = None
     """End after this many optimizer steps; the schedule stays as planned."""
-    batch_size: int | Literal["auto"] = 16
+    batch_size: Positive[int | Literal["auto"]] = 16
     """Global batch of a step; ranks x grad_accum_steps divides it. `auto`: the largest that fits."""
-    grad_accum_steps: int = 1
+    grad_accum_steps: Positive[int] = 1
     """Micro-batches per optimizer step."""
     img_sizes: Sizes = (416,)
     """Training sizes, one drawn per optimizer step, as in `320,416,512`."""
-    test_size: int | None = None
+    test_size: Stride32[int | None] = None
     """Size of test images. Default: 416 if it is among img_sizes, else their middle value."""
     optimizer: Literal["adam", "adamw"] = "adam"
     """`adam` adds the decay to the gradient, `adamw` takes it off the weights (Loshchilov & Hutter 2019)."""
-    max_lr: float | Literal["auto"] = 1e-3
+    max_lr: Positive[float | Literal["auto"]] = 1e-3
     """Peak of the one-cycle; `auto` takes it from a learning-rate range test."""
-    pct_start: float = 0.2
+    pct_start: Probability = 0.2
     """Share of the steps before the peak."""
-    div_factor: float = 25.0
+    div_factor: Positive[float] = 25.0
     """Start at max_lr / div_factor."""
-    final_div_factor: float = 1000.0
+    final_div_factor: Positive[float] = 1000.0
     """End at max_lr / div_factor / final_div_factor."""
     anneal: Literal["cos", "linear"] = "cos"
-    weight_decay: float = 5e-4
+    weight_decay: NotNegative[float] = 5e-4
     """Decay of weights with two or more dimensions (not of biases and normalisation)."""
-    max_norm: float = 10.0
+    max_norm: Positive[float] = 10.0
     """Clip the gradient to this norm."""
-    ema_decay: float = 0.998
+    ema_decay: Probability = 0.998
     """Decay of the averaged weights that are evaluated."""
-    label_smoothing: float = 0.0
-    seed: int = 0
+    label_smoothing: Probability = 0.0
+    seed: NotNegative[int] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,12 +246,12 @@ class HardwareConfig:
 
     accelerator: str = "auto"
     """`cpu`, `cuda` or `auto`."""
-    devices: int | Literal["auto"] = "auto"
+    devices: Positive[int | Literal["auto"]] = "auto"
     """Number of devices per node. Under torchrun and srun their own numbers win."""
-    num_nodes: int = 1
+    num_nodes: Positive[int] = 1
     precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed"] = "auto"
     """`auto`: 16-mixed on CUDA, bf16-mixed on CPUs with native support, else 32-true."""
-    workers: int | Literal["auto"] = "auto"
+    workers: NotNegative[int | Literal["auto"]] = "auto"
     """Loader processes per rank. `auto`: CPUs of this process / local ranks, at least 1."""
     compile: bool = False
     """torch.compile the model: slower start, faster steps."""
@@ -234,13 +263,13 @@ class HardwareConfig:
 class PostprocessConfig:
     """From raw predictions to detections."""
 
-    score_threshold: float = 0.01
+    score_threshold: Probability = 0.01
     """Lowest score that enters mAP."""
-    iou_threshold: float = 0.45
+    iou_threshold: Probability = 0.45
     """Overlap above which non-maximum suppression drops the weaker box of a class."""
     nms: Literal["standard", "merge"] = "standard"
     """`merge`: a kept box is the mean, weighted by score, of the boxes that show the same object."""
-    max_detections: int = 300
+    max_detections: Positive[int] = 300
     """Most detections kept per image."""
 
 
@@ -248,18 +277,18 @@ class PostprocessConfig:
 class LogConfig:
     """What is written, and when."""
 
-    log_every: int = 10
+    log_every: Positive[int] = 10
     """Optimizer steps between two log lines (each waits for the device once)."""
-    plot_every: int | None = None
+    plot_every: Positive[int | None] = None
     """Epochs between pictures in TensorBoard. Default: the first and the last epoch."""
-    eval_every: int = 1
+    eval_every: Positive[int] = 1
     """Epochs between evaluations of the accuracies."""
-    map_every: int | Literal["last"] = "last"
+    map_every: Positive[int | Literal["last"]] = "last"
     """Epochs between computations of mAP; `last` does it once, at the end."""
     save_every: Annotated[str, tyro.conf.arg(metavar="STEPS|10m")] = "10m"
     """Optimizer steps, or time as in `90s 10m 2h`, between checkpoints; the best test so far and the end
     of the run are saved as well."""
-    keep: int | None = None
+    keep: Positive[int | None] = None
     """Keep this many newest checkpoints (best and last always stay). Default: keep all."""
 
 
@@ -278,35 +307,12 @@ class Config(
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, naming the flag."""
-        _require_sizes("--img-sizes", self.img_sizes)
-        if self.test_size is not None:
-            _require_sizes("--test-size", (self.test_size,))
-        for field in dataclasses.fields(AugmentConfig):
-            if field.name != "mosaic_off_epochs":
-                _require_probability(field.name, getattr(self, field.name))
-        for name in (
-            "score_threshold",
-            "iou_threshold",
-            "label_smoothing",
-            "ema_decay",
-            "pct_start",
-        ):
-            _require_probability(name, getattr(self, name))
-        for name in ("epochs", "grad_accum_steps", "num_nodes", "max_detections", "log_every", "eval_every"):
-            _require_positive(name, getattr(self, name))
-        for name in ("width", "div_factor", "final_div_factor", "max_norm"):
-            _require_positive(name, getattr(self, name))
-        for name in ("max_steps", "plot_every", "keep", "batch_size", "max_lr", "map_every", "devices"):
-            if not isinstance(getattr(self, name), str | None):
-                _require_positive(name, getattr(self, name))
-        for name in ("seed", "weight_decay", "mosaic_off_epochs", "workers"):
-            if not isinstance(getattr(self, name), str):
-                _require_not_negative(name, getattr(self, name))
-        loss = self.loss_settings
-        _require_probability("ignore_iou", loss.ignore_iou)
-        if len(loss.no_object_scales) != 3 or min(loss.no_object_scales) < 0:
-            shown = ",".join(f"{factor:g}" for factor in loss.no_object_scales)
-            raise UsageError(f"--no-object-scales {shown}: want three factors, as in 1,1,0.5")
+        for name, kind in get_type_hints(type(self), include_extras=True).items():
+            checks = [part for part in getattr(kind, "__metadata__", ()) if isinstance(part, Check)]
+            value = getattr(self, name)
+            if checks and not isinstance(value, str | None) and (fault := checks[0].fault(value)):
+                shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+                raise UsageError(f"--{name.replace('_', '-')} {shown}: {fault}")
         parse_interval(self.save_every)
         anchor_sizes(self.anchors)
 
@@ -324,13 +330,21 @@ class Config(
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Config":
+    def from_dict(cls, values: dict[str, Any]) -> Self:
         """Rebuild a configuration that `to_dict` stored; keys that this version does not know are ignored."""
         known = {field.name for field in dataclasses.fields(cls)}
         pairs: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
         return cls(**{**UNSTORED, **{key: value for key, value in pairs.items() if key in known}})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig(Config):
+    """A configuration whose batch and peak rate are numbers: what training itself goes by."""
+
+    batch_size: Positive[int] = 16
+    max_lr: Positive[float] = 1e-3
 
 
 def anchor_sizes(text: str) -> tuple[float, ...] | None:
@@ -381,32 +395,3 @@ def parse_seconds(flag: str, text: str) -> float:
     if seconds is None:
         raise UsageError(f"{flag} {text}: want a time with its unit, such as {text}s or {text}m")
     return seconds
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _require_sizes(flag: str, sizes: tuple[int, ...]) -> None:
-    bad = [size for size in sizes if size <= 0 or size % 32]
-    if bad or not sizes:
-        shown = ",".join(map(str, sizes))
-        near = max(32, round((bad or [416])[0] / 32) * 32)
-        raise UsageError(
-            f"{flag} {shown}: sizes must be multiples of 32 (the coarsest stride), such as {near}"
-        )
-
-
-def _require_probability(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise UsageError(f"{_flag(name)} {value}: must lie between 0 and 1")
-
-
-def _require_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise UsageError(f"{_flag(name)} {value}: must be positive")
-
-
-def _require_not_negative(name: str, value: float) -> None:
-    if not value >= 0:
-        raise UsageError(f"{_flag(name)} {value}: must not be negative")

@@ -1,9 +1,11 @@
 """Files that appear whole or not at all, text from any editor, and files that come with the package."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from yolo.errors import UserError
 
@@ -27,6 +29,12 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
     with suppress(OSError):  # the rename itself; some file systems cannot flush a folder
         flush_to_disk(path.parent)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write plain types as JSON: whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1))
 
 
 def flush_to_disk(path: Path) -> None:
