@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from yolo import cli
 from yolo.config import Config, HardwareConfig
@@ -116,12 +116,12 @@ def measure(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
     """Run the model over the test split; write and print everything that is known about it."""
     from yolo.engine import loop
     from yolo.engine.fabric import make_fabric, pick_precision
-    from yolo.engine.loaders import make_test_loader
+    from yolo.engine.loaders import make_eval_loader
     from yolo.inference.fast import prepare
     from yolo.metrics.devkit import write_detections
     from yolo.runs.provenance import hardware
-    from yolo.runs.results import on_mosaics
-    from yolo.tasks.build import build_test
+    from yolo.tasks.build import open_split
+    from yolo.tasks.detection import DetectionSplit, MosaicSplit
 
     if loaded.task != "detection" and (args.mosaic or args.write_detections):
         raise UsageError(
@@ -129,21 +129,23 @@ def measure(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
         )
     cfg = args.over(loaded.config)
     fabric, _ = make_fabric(cfg)
-    test = build_test(cfg, loaded.class_names, loaded.anchors)
+    split = open_split(cfg, loaded.class_names, loaded.anchors)
     if args.mosaic:
-        test = on_mosaics(test, cfg)
-    metrics: Any = test.metrics(True)
-    test = dataclasses.replace(test, metrics=lambda full: metrics)  # keeps the detections, not only their mAP
-    loader = make_test_loader(fabric, cfg, test)
+        split = MosaicSplit.like(cast(DetectionSplit, split))
+    loader = make_eval_loader(fabric, cfg, split)
     model = prepare(loaded.model, fabric.device, fast=args.fast, compiled=args.compile)
-    results = loop.evaluate(fabric, model, test, loader, full=True)
-    if not fabric.is_global_zero or results is None:
+    start = time.perf_counter()
+    metrics: Any = loop.evaluate(fabric, model, split, loader, full=True)
+    if not fabric.is_global_zero:
         return 0
-    results |= {
+    results = {
+        "image_count": len(split.dataset),
+        **metrics.compute(),
+        "seconds": time.perf_counter() - start,
         "checkpoint": str(loaded.path),
         "checkpoint_digest": loaded.digest,
         "weights": "ema",
-        "loader": test.loader,
+        "loader": split.loader,
         "test_size": cfg.resolved_test_size,
         "precision": pick_precision(cfg.precision, fabric.device.type)[0],
         "hardware": hardware(fabric.device, fabric.world_size),
@@ -155,14 +157,16 @@ def measure(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
     found = getattr(metrics, "detections", None)
     if args.write_detections and found:
         folder = Path(args.write_detections)
-        write_detections(folder, found.detections(), test.dataset, cfg.split.split(":")[-1])
+        write_detections(folder, found.detections(), split.dataset, cfg.split.split(":")[-1])
     pictures = {}
     if loaded.task == "classification":
         from yolo.explain.misclassified import mistake_grid
 
-        if (grid := mistake_grid(loaded.model, test.dataset, metrics)) is not None:
+        if (grid := mistake_grid(loaded.model, split.dataset, metrics)) is not None:
             pictures["mistakes"] = grid
-    report(args, results, test.dataset, *((found.detections(), found.objects()) if found else ()), **pictures)
+    report(
+        args, results, split.dataset, *((found.detections(), found.objects()) if found else ()), **pictures
+    )
     return 0
 
 

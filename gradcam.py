@@ -108,7 +108,7 @@ def explain_pictures(args: GradcamArgs, loaded: "LoadedWeights") -> int:
     from yolo.data.dataset import read_rgb
     from yolo.data.images import list_pictures
     from yolo.explain import panels
-    from yolo.tasks.build import by_task
+    from yolo.models.build import by_task
 
     question = make_question(args, loaded)
     make_panels = by_task(
@@ -159,7 +159,7 @@ def make_question(args: GradcamArgs, loaded: "LoadedWeights") -> "Question":
 def asked_methods(args: GradcamArgs, loaded: "LoadedWeights") -> tuple[str, ...]:
     """Return the names in `--method`, or the default of the task."""
     from yolo.explain.cam import CLASSIFIER_METHOD, DETECTOR_METHOD
-    from yolo.tasks.build import by_task
+    from yolo.models.build import by_task
 
     default = by_task(loaded.task, detection=DETECTOR_METHOD, classification=CLASSIFIER_METHOD)
     return tuple((args.method or default).split(","))
@@ -189,10 +189,10 @@ def evaluate(args: GradcamArgs, loaded: "LoadedWeights") -> int:
     from yolo.models.yolov3 import YoloV3
     from yolo.runs.logbook import Progress
     from yolo.runs.provenance import hardware, provenance
-    from yolo.tasks.build import build_test
+    from yolo.tasks.build import open_split
 
     given = {name: getattr(args, name) for name in ("data_root", "split") if getattr(args, name)}
-    test = build_test(dataclasses.replace(loaded.config, **given), loaded.class_names, loaded.anchors)
+    test = open_split(dataclasses.replace(loaded.config, **given), loaded.class_names, loaded.anchors)
     images = faithfulness.draw_images(len(test.dataset), args.num_images, args.seed)
     progress = Progress(len(images), "explaining", enabled=True)
     methods = tuple(dict.fromkeys([*asked_methods(args, loaded), "eigencam"]))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from yolo.engine.state import State
     from yolo.engine.stopping import StopRequest
     from yolo.runs.run import Run
-    from yolo.tasks.build import Task
+    from yolo.tasks.base import Task
 
 DEFAULT_CONFIG = "configs/digits.yaml"
 
@@ -157,7 +157,7 @@ def train(
     sampler.set_position(state.epoch, state.batch)
     train_loader = loaders.make_train_loader(fabric, task.config, task, sampler)
     steps = loop.optimizer_steps(train_loader, task.config.grad_accum_steps)
-    test_loader = loaders.make_test_loader(fabric, task.config, task.test)
+    test_loader = loaders.make_eval_loader(fabric, task.config, task.eval_split)
     results = None
     while results is None or state.step < run.end:
         if not state.evaluation_due and state.step < run.end:

@@ -35,7 +35,7 @@ from yolo.metrics.average_precision import average_precision
 from yolo.models.yolov3 import YoloV3, make_anchors, postprocess
 from yolo.runs.checkpoint import LoadedWeights
 from yolo.runs.provenance import hardware
-from yolo.tasks.build import Task
+from yolo.tasks.base import Task
 
 NUM_CLASSES = 20
 BOXES_PER_IMAGE = 8

@@ -19,7 +19,7 @@ from yolo.config import AugmentConfig, DataConfig
 from yolo.data import labelled
 from yolo.data.archives import read_members
 from yolo.data.labelled import open_dataset, open_datasets
-from yolo.data.labelled_samples import TestImages, TrainImages, collate_images
+from yolo.data.labelled_samples import EvalImages, TrainImages, collate_images
 from yolo.data.samplers import SampleKey
 from yolo.errors import UsageError, UserError
 from yolo.metrics.classification import ClassificationMetrics
@@ -235,7 +235,7 @@ def test_the_augmentations_fire_independently_at_their_probabilities() -> None:
 
 def test_collate_keeps_bytes_and_test_images_are_plain() -> None:
     _, test = open_datasets(DataConfig(task="classification", dataset="digits"))
-    images, labels = collate_images([TestImages(test)[i] for i in range(5)])
+    images, labels = collate_images([EvalImages(test)[i] for i in range(5)])
     assert images.shape == (5, 3, 32, 32) and images.dtype == torch.uint8
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert labels.dtype == torch.int64 and labels.tolist() == test.labels[:5].tolist()

@@ -19,7 +19,7 @@ from yolo.data.cache import cache_images
 from yolo.data.dataset import Annotation, DetectionDataset
 from yolo.data.mosaic import letterbox_tile, mosaic_tiles, place_boxes
 from yolo.data.samplers import MultiSizeBatchSampler, SampleKey
-from yolo.data.samples import MosaicCollate, TestSamples, TrainSamples, init_worker, plain_collate
+from yolo.data.samples import EvalSamples, MosaicCollate, TrainSamples, init_worker, plain_collate
 from yolo.data.transforms import Canvas, augment, build_transforms, cut_threshold
 from yolo.data.voc import read_voc
 
@@ -249,7 +249,7 @@ def test_images_of_extreme_shape_fill_a_tile(size: tuple[int, int]):
 
 
 def test_letterboxed_test_images_carry_what_leads_back_to_the_original(digits: DetectionDataset):
-    images, targets = plain_collate([TestSamples(digits, 96)[index] for index in range(4)])
+    images, targets = plain_collate([EvalSamples(digits, 96)[index] for index in range(4)])
     assert images.shape == (4, 3, 96, 96)
     for index, target in enumerate(targets):
         note = digits.annotation(index)

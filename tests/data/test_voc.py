@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from yolo.config import Config
 from yolo.data.dataset import DetectionDataset
 from yolo.data.samplers import SampleKey
-from yolo.data.samples import MAX_REPLACEMENTS, TestSamples, TrainSamples, plain_collate
+from yolo.data.samples import MAX_REPLACEMENTS, EvalSamples, TrainSamples, plain_collate
 from yolo.data.sources import open_datasets
 from yolo.data.voc import VOC_CLASSES, read_voc
 from yolo.errors import UserError
@@ -167,7 +167,7 @@ def test_a_truncated_image_names_its_file_at_first_use(root: Path):
 def test_an_error_in_a_worker_process_is_still_one_line(root: Path):
     truncate(root, "good")
     dataset = read_voc(root, "train", None)
-    loader = DataLoader(TestSamples(dataset, 64), collate_fn=plain_collate, num_workers=1)
+    loader = DataLoader(EvalSamples(dataset, 64), collate_fn=plain_collate, num_workers=1)
     with pytest.raises(UserError) as caught:
         list(loader)
     assert str(caught.value) == f"{root / 'JPEGImages' / 'good.jpg'}: is truncated or no image"

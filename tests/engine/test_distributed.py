@@ -77,7 +77,7 @@ def unit_descent(network: torch.nn.Module, *_: Any, **__: Any) -> torch.optim.SG
 
 def detect_nearly_the_truth() -> None:
     """Add to what the untrained network finds some detections that count, equal for an image on any rank."""
-    from yolo.tasks.build import DetectionEvaluation
+    from yolo.tasks.detection import DetectionEvaluation
 
     update = DetectionEvaluation.update
 
@@ -105,13 +105,12 @@ def evaluation(config: Config) -> dict[str, Any]:
     fabric, _ = processes.make_fabric(config)
     torch.manual_seed(0)
     task = build_task(dataclasses.replace(config, score_threshold=0.0))
-    loader = loaders.make_test_loader(
-        fabric, dataclasses.replace(config, batch_size=fabric.world_size), task.test
+    loader = loaders.make_eval_loader(
+        fabric, dataclasses.replace(config, batch_size=fabric.world_size), task.eval_split
     )
-    results = loop.evaluate(fabric, task.model.eval(), task.test, loader, full=True)
-    assert results is not None
-    results.pop("seconds")
-    return {"shares": len(loader), **results}
+    metrics = loop.evaluate(fabric, task.model.eval(), task.eval_split, loader, full=True)
+    assert metrics is not None
+    return {"shares": len(loader), "image_count": len(task.eval_split.dataset), **metrics.compute()}
 
 
 def probe(config: Config, path: Path) -> None:

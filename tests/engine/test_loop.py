@@ -61,7 +61,7 @@ def test_micro_batches_add_up_to_the_gradient_of_the_whole_batch(task):
     gradients = []
     for parts in (1, 4):
         model = copy.deepcopy(task.model).double().eval()  # batch statistics would depend on the parts
-        images, targets = task.test.collate([task.test.samples[i] for i in range(8)])
+        images, targets = task.eval_split.collate([task.eval_split.samples[i] for i in range(8)])
         assigned = [
             AssignedTargets.pack(assign_targets(targets[i::parts], task.anchors, 64)) for i in range(parts)
         ]

@@ -11,7 +11,8 @@ from yolo.config import Config
 from yolo.engine import fabric as processes
 from yolo.engine import tuning
 from yolo.errors import UserError
-from yolo.tasks.build import Task, build_task
+from yolo.tasks.base import Task
+from yolo.tasks.build import build_task
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""From sample keys to batches: decoding in `TrainSamples` and `TestSamples`, composing in the collates.
+"""From sample keys to batches: decoding in `TrainSamples` and `EvalSamples`, composing in the collates.
 
 Both run in the worker processes. Batches are uint8 [B, 3, S, S] in channels-last memory: images stay as
 decoded, and the network wants them so.
@@ -124,13 +124,11 @@ class MosaicCollate:
         return augment(canvas, transforms, (self.seed, sample.key.epoch, sample.key.index))
 
 
-class TestSamples(Dataset[tuple[np.ndarray, Target]]):
+class EvalSamples(Dataset[tuple[np.ndarray, Target]]):
     """Each image of a data set alone, whole and letterboxed.
 
     Its targets also say `image_index`, `letterbox` and the original `height` and `width`.
     """
-
-    __test__ = False  # no test of pytest's, whatever its name says
 
     def __init__(self, dataset: DetectionDataset, img_size: int) -> None:
         self.dataset = dataset

@@ -11,7 +11,7 @@ from yolo.data.samples import init_worker
 from yolo.engine.fabric import Fabric, world
 from yolo.errors import UsageError
 from yolo.runs.provenance import available_cpus
-from yolo.tasks.build import Task, Test
+from yolo.tasks.base import EvalSplit, Task
 
 
 def make_sampler(fabric: Fabric, cfg: Config, num_samples: int) -> MultiSizeBatchSampler:
@@ -53,14 +53,14 @@ def make_train_loader(
     )
 
 
-def make_test_loader(fabric: Fabric, cfg: Config, test: Test) -> DataLoader:
+def make_eval_loader(fabric: Fabric, cfg: Config, split: EvalSplit) -> DataLoader:
     """Return this rank's share of a test set, every image exactly once over all ranks."""
-    share = range(fabric.global_rank, len(test.dataset), fabric.world_size)
+    share = range(fabric.global_rank, len(split.dataset), fabric.world_size)
     batch_size = max(1, min(32, int(cfg.batch_size) // fabric.world_size)) if cfg.batch_size != "auto" else 16
     return DataLoader(
-        Subset(test.samples, share),
+        Subset(split.samples, share),
         batch_size=batch_size,
-        collate_fn=test.collate,
+        collate_fn=split.collate,
         **_worker_settings(fabric, cfg),
     )
 

@@ -22,7 +22,7 @@ from yolo.runs.logbook import Progress
 from yolo.runs.provenance import hardware
 from yolo.runs.run import Run
 from yolo.schedule import Schedule, plan_schedule
-from yolo.tasks.build import Task, Test
+from yolo.tasks.base import EvalSplit, Metrics, Task
 
 
 def plan(fabric: Fabric, cfg: Config, task: Task, sampler: MultiSizeBatchSampler) -> Schedule:
@@ -40,10 +40,11 @@ def introduction(fabric: Fabric, cfg: Config, task: Task, run: Run) -> str:
     """Say what is about to run, and where."""
     precision, why = pick_precision(cfg.precision, fabric.device.type)
     parameters = sum(parameter.numel() for parameter in task.model.parameters())
+    eval_set = task.eval_split.dataset
     lines = [
         f"run folder   {run.folder.path}",
-        f"data         {task.train_set.name}: {len(task.train_set)} images; test {task.test.dataset.name}: "
-        f"{len(task.test.dataset)} images; {len(task.class_names)} classes",
+        f"data         {task.train_set.name}: {len(task.train_set)} images; test {eval_set.name}: "
+        f"{len(eval_set)} images; {len(task.class_names)} classes",
         f"model        {type(task.model).__name__}, width {cfg.width:g}, {parameters:,} parameters",
         f"hardware     {fabric.world_size} process(es) on {hardware(fabric.device)}; "
         f"precision {precision}: {why}",
@@ -57,7 +58,7 @@ def introduction(fabric: Fabric, cfg: Config, task: Task, run: Run) -> str:
         lines.append("hint         --mosaic-prob 0.5 to 0.75 is advised: no object in a mosaic is large")
     if cfg.anchors == "auto" and task.anchors is not None:
         lines += [f"anchors      {line}" for line in anchors_gained(task.train_set, cfg)]
-    for split in (task.train_set, task.test.dataset):
+    for split in (task.train_set, eval_set):
         lines += [f"skipped      {defect}" for defect in split.skipped]
     return "\n".join(lines)
 
@@ -155,18 +156,22 @@ def evaluate_if_due(
         state.evaluation_due = False
         return None
     full = at_end or (cfg.map_every != "last" and state.epoch % cfg.map_every == 0)
-    results = evaluate(fabric, state.ema.module, task.test, loader, full=full, stop=stop)
-    if results is None:
+    start = time.perf_counter()
+    metrics = evaluate(fabric, state.ema.module, task.eval_split, loader, full=full, stop=stop)
+    if metrics is None:
         return None
+    results = (
+        {"image_count": len(task.eval_split.dataset), **metrics.compute()} if fabric.is_global_zero else {}
+    )
+    results = fabric.broadcast({**results, "seconds": time.perf_counter() - start})
     state.evaluation_due = False
     score = task.score(results)
     run.record_evaluation(state, results, is_best=score > state.best_score)
     state.best_score = max(score, state.best_score)
     first_or_last = at_end or state.epoch <= cfg.eval_every
     if fabric.is_global_zero and (state.epoch % cfg.plot_every == 0 if cfg.plot_every else first_or_last):
-        run.picture(
-            "test", task.test.picture(lambda images: predict(fabric, state.ema.module, images)), state.step
-        )
+        drawn = task.eval_split.draw_predictions(lambda images: predict(fabric, state.ema.module, images))
+        run.picture("test", drawn, state.step)
     return results
 
 
@@ -181,30 +186,27 @@ def predict(fabric: Fabric, model: nn.Module, images: Tensor) -> Any:
 def evaluate(
     fabric: Fabric,
     model: nn.Module,
-    test: Test,
+    split: EvalSplit,
     loader: DataLoader,
     *,
     full: bool,
     stop: StopRequest | None = None,
-    description: str = "test",
-) -> dict[str, Any] | None:
-    """Test a model on every rank's share and return the merged results on all ranks; None if stopped before.
+) -> Metrics | None:
+    """Test a model on every rank's share; return the merged metrics, None if stopped before.
 
     Args:
         fabric: as launched.
         model: a bare network in eval mode, such as the EMA's.
-        test: the split and its metrics.
-        loader: this rank's share, from `make_test_loader`.
-        full: also compute what is slow (mAP).
+        split: the images and their metrics.
+        loader: this rank's share, from `make_eval_loader`.
+        full: also measure what is slow (mAP).
         stop: lets a signal end the test early.
-        description: of the progress bar.
     """
     for buffer in model.buffers() if fabric.world_size > 1 else ():
         dist.broadcast(buffer, 0)  # each rank averaged the batch statistics that it saw; rank 0's are saved
-    metrics = test.metrics(full)
-    start = time.perf_counter()
-    progress = Progress(len(loader), description, fabric.is_global_zero)
-    common_batches = len(test.dataset) // fabric.world_size // (loader.batch_size or 1)  # that all ranks have
+    metrics = split.metrics(full=full)
+    progress = Progress(len(loader), "test", fabric.is_global_zero)
+    common_batches = len(split.dataset) // fabric.world_size // (loader.batch_size or 1)  # of all ranks
     for i, (images, targets) in enumerate(loader):
         if stop and i < common_batches and agreed_reason(fabric, stop):
             return None
@@ -212,6 +214,4 @@ def evaluate(
         progress.update()
     progress.close()
     metrics.merge(gather(fabric, metrics.state()))
-    results = {"image_count": len(test.dataset), **metrics.compute()} if fabric.is_global_zero else {}
-    results["seconds"] = time.perf_counter() - start
-    return fabric.broadcast(results)
+    return metrics

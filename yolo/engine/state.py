@@ -11,7 +11,7 @@ from yolo.config import Config
 from yolo.engine.ema import Ema
 from yolo.engine.fabric import Fabric, gather
 from yolo.inference.fast import require_compiler
-from yolo.tasks.build import Task
+from yolo.tasks.base import Task
 
 
 @dataclass

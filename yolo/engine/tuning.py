@@ -23,7 +23,7 @@ from yolo.engine.state import make_optimizer, make_state
 from yolo.errors import UserError
 from yolo.files import replacing
 from yolo.runs.logbook import Progress
-from yolo.tasks.build import Task
+from yolo.tasks.base import Task
 
 GPU_BATCH, CPU_BATCH = 256, 16  # largest micro-batches that are tried
 RANGE_STEPS = 100

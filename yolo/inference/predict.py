@@ -17,9 +17,9 @@ from yolo.data.images import letterboxed
 from yolo.data.labelled import to_32
 from yolo.errors import UserError
 from yolo.files import replacing
+from yolo.models.build import by_task
 from yolo.models.yolov3 import postprocess
 from yolo.runs.checkpoint import LoadedWeights
-from yolo.tasks.build import by_task
 from yolo.viz.draw import draw_boxes
 from yolo.viz.figures import save_figures
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from yolo.config import Config, parse_interval
 from yolo.errors import UserError
 from yolo.files import find, replacing
+from yolo.models.build import build_model
 from yolo.runs.folder import list_checkpoints, step_of
-from yolo.tasks.build import build_model
 
 FORMAT_VERSION = 1
 BEST_FILE = "best.txt"

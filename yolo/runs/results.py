@@ -1,51 +1,16 @@
 """An evaluation on the disk and on the terminal: `results.json`, plots, TensorBoard, a table."""
 
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
 
-from yolo.config import AugmentConfig, Config
-from yolo.data.dataset import DetectionDataset
-from yolo.data.samplers import SampleKey
-from yolo.data.samples import MosaicCollate, TrainSample, TrainSamples
 from yolo.files import replacing
 from yolo.runs.logbook import summary_lines
-from yolo.tasks.build import Test
 from yolo.viz.figures import evaluation_figures, save_figures
-
-
-class MosaicSamples(Dataset[TrainSample]):
-    """Test images composed by four, as in training but without augmentation; the same at each call."""
-
-    def __init__(self, dataset: DetectionDataset, cfg: Config) -> None:
-        self.samples = TrainSamples(dataset, cfg, cfg.seed)
-        self.img_size = cfg.resolved_test_size
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> TrainSample:
-        """Return mosaic number `index`."""
-        return self.samples[SampleKey(0, index, self.img_size)]
-
-
-def on_mosaics(test: Test, config: Config) -> Test:
-    """Return the same split shown as mosaics; mAP needs whole images, so only the cells are measured."""
-    plain = {field.name: 0.0 for field in dataclasses.fields(AugmentConfig) if field.name.startswith("aug_")}
-    config = dataclasses.replace(config, mosaic_prob=1.0, mosaic_off_epochs=0, **plain)  # type: ignore[arg-type]
-    return dataclasses.replace(
-        test,
-        loader="mosaics of four test images",
-        samples=MosaicSamples(test.dataset, config),
-        collate=MosaicCollate(config, config.seed),
-        metrics=lambda full: test.metrics(False),
-    )
 
 
 def write_evaluation(folder: Path, results: Mapping[str, Any], pictures: Mapping[str, np.ndarray]) -> None:

@@ -37,7 +37,7 @@ from yolo.schedule import (
     replan,
     write_schedule,
 )
-from yolo.tasks.build import Task
+from yolo.tasks.base import Task
 from yolo.viz.figures import plot_curves
 
 LOCK_SECONDS = 10.0  # a killed start may still be ending
@@ -280,9 +280,9 @@ class Run:
             **results,
             "weights": "ema",
             "checkpoint": self.last_checkpoint.name if self.last_checkpoint else None,
-            "data": self.task.test.dataset.name,
+            "data": self.task.eval_split.dataset.name,
             "trained_on": self.task.train_set.name,
-            "loader": self.task.test.loader,
+            "loader": self.task.eval_split.loader,
             "test_size": cfg.resolved_test_size,
             "thresholds": {
                 name: getattr(cfg, name)

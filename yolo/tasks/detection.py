@@ -1,0 +1,198 @@
+"""Detection: YOLOv3 and its loss, tested by the three accuracies on the grids and by mAP."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from yolo.boxes import boxes_from_letterbox
+from yolo.config import AugmentConfig, Config, anchor_sizes
+from yolo.data.anchors import cluster_anchors
+from yolo.data.dataset import DetectionDataset
+from yolo.data.samplers import SampleKey
+from yolo.data.samples import EvalSamples, MosaicCollate, TrainSample, TrainSamples, plain_collate
+from yolo.data.sources import open_datasets, open_test_set
+from yolo.losses import YoloLoss
+from yolo.metrics.average_precision import DetectionMetrics
+from yolo.metrics.cell_accuracy import CellAccuracy
+from yolo.metrics.report import SHOWN_SCORE
+from yolo.models.build import build_model
+from yolo.models.yolov3 import STRIDES, make_anchors, postprocess
+from yolo.tasks.assigned import AssignedCollate, AssignedTargets, assign
+from yolo.tasks.base import EvalSplit, Task, tile
+from yolo.viz.draw import draw_boxes
+
+
+@dataclass(frozen=True)
+class DetectionSplit(EvalSplit):
+    """Single images, letterboxed."""
+
+    anchors: Tensor  # [3, A, 2] pixels
+
+    @classmethod
+    def of(cls, config: Config, dataset: DetectionDataset, anchors: Tensor) -> "DetectionSplit":
+        """Show each image of a data set alone, at the test size."""
+        samples = EvalSamples(dataset, config.resolved_test_size)
+        return cls(config, dataset, samples, plain_collate, "single images, letterboxed", anchors)
+
+    def metrics(self, *, full: bool) -> "DetectionEvaluation":
+        """Return a fresh accumulator; `full`: with mAP."""
+        return DetectionEvaluation(self.config, self.anchors, self.dataset, with_map=full)
+
+    def draw_predictions(self, predict: Callable[[Tensor], Any]) -> np.ndarray:
+        """Draw the first images with the boxes that the model finds in them."""
+        images, _ = self.first_batch()
+        found = detect(self.config, predict(images), self.anchors, SHOWN_SCORE)
+        return tile(
+            [
+                draw_boxes(
+                    image.permute(1, 2, 0).numpy(),
+                    detections["boxes"].cpu().numpy(),
+                    detections["labels"].tolist(),
+                    self.dataset.class_names,
+                    detections["scores"].tolist(),
+                )
+                for image, detections in zip(images, found, strict=True)
+            ]
+        )
+
+
+class MosaicSplit(DetectionSplit):
+    """The same split as mosaics; mAP needs whole images, so only the cells are measured."""
+
+    @classmethod
+    def like(cls, split: DetectionSplit) -> "MosaicSplit":
+        """Compose the images of a split by four, as in training but without augmentation."""
+        off = {field.name: 0.0 for field in fields(AugmentConfig) if field.name.startswith("aug_")}
+        mosaics: dict[str, Any] = {**off, "mosaic_prob": 1.0, "mosaic_off_epochs": 0}
+        config = replace(split.config, **mosaics)
+        return cls(
+            config,
+            split.dataset,
+            MosaicSamples(split.dataset, config),
+            MosaicCollate(config, config.seed),
+            "mosaics of four test images",
+            split.anchors,
+        )
+
+    def metrics(self, *, full: bool) -> "DetectionEvaluation":
+        """Return a fresh accumulator, always without mAP."""
+        return super().metrics(full=False)
+
+
+class MosaicSamples(Dataset[TrainSample]):
+    """Test images composed by four; the same at each call."""
+
+    def __init__(self, dataset: DetectionDataset, config: Config) -> None:
+        self.samples = TrainSamples(dataset, config, config.seed)
+        self.img_size = config.resolved_test_size
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> TrainSample:
+        """Return mosaic number `index`."""
+        return self.samples[SampleKey(0, index, self.img_size)]
+
+
+@dataclass(frozen=True)
+class DetectionTask(Task):
+    """Boxes and classes of the objects in an image."""
+
+    @classmethod
+    def build(cls, config: Config) -> "DetectionTask":
+        """Open the data that `config` names and build everything else for it."""
+        train_set, eval_set = open_datasets(config)
+        sizes = anchor_sizes(config.anchors) or cluster_anchors(train_set, config)
+        anchors = make_anchors(sizes, config.resolved_test_size)
+        return cls(
+            config=config,
+            class_names=train_set.class_names,
+            model=build_model(config, len(train_set.class_names)),
+            criterion=YoloLoss(anchors, config.loss_settings, config.label_smoothing),
+            train_set=train_set,
+            train_samples=TrainSamples(train_set, config, config.seed),
+            train_collate=AssignedCollate(MosaicCollate(config, config.seed), anchors, config),
+            eval_split=DetectionSplit.of(config, eval_set, anchors),
+            anchors=anchors,
+        )
+
+    @staticmethod
+    def open_split(config: Config, class_names: Sequence[str], anchors: Tensor | None) -> DetectionSplit:
+        """Open `config.split` for testing a trained model, with its classes and anchors."""
+        assert anchors is not None
+        return DetectionSplit.of(config, open_test_set(config, class_names), anchors)
+
+    @staticmethod
+    def count(targets: AssignedTargets) -> Tensor:
+        """Return [3, 2] float32: per scale the number of positive and of empty cells."""
+        return targets.counts
+
+    @staticmethod
+    def score(results: Mapping[str, Any]) -> float:
+        """Return the product of the three accuracies at threshold 0.5."""
+        names = ("class_accuracy", "no_object_accuracy_at_0.5", "object_accuracy_at_0.5")
+        return float(np.prod([results[name] or 0.0 for name in names]))
+
+
+class DetectionEvaluation:
+    """Cell accuracies on the grids, and detections in the pixels of the original images."""
+
+    def __init__(self, config: Config, anchors: Tensor, dataset: DetectionDataset, *, with_map: bool) -> None:
+        self.config = config
+        self.anchors = anchors
+        self.cells = CellAccuracy(len(dataset.class_names))
+        self.detections = DetectionMetrics(dataset) if with_map else None
+
+    def update(self, outputs: Sequence[Tensor], targets: Sequence[Mapping[str, Any]]) -> None:
+        """Add one batch of raw outputs and the targets of `EvalSamples`."""
+        img_size, device = outputs[0].shape[2] * STRIDES[0], outputs[0].device
+        self.cells.update(outputs, assign(self.config, targets, self.anchors, img_size, device))
+        if self.detections is None:
+            return
+        threshold = self.config.score_threshold
+        found = detect(self.config, outputs, self.anchors, threshold, all_classes=True)
+        for detections, target in zip(found, targets, strict=True):
+            detections["boxes"] = boxes_from_letterbox(
+                detections["boxes"], target["letterbox"], target["height"], target["width"]
+            )
+            self.detections.update(target["image_index"], detections)
+
+    def state(self) -> dict[str, Any]:
+        """Return this rank's sums and detections."""
+        detections = self.detections.state() if self.detections else None
+        return {"cells": self.cells.state(), "detections": detections}
+
+    def merge(self, states: Sequence[dict[str, Any]]) -> None:
+        """Take the sums and detections of all ranks."""
+        self.cells.merge([state["cells"] for state in states])
+        if self.detections:
+            self.detections.merge([state["detections"] for state in states])
+
+    def compute(self) -> dict[str, Any]:
+        """Return the three accuracies and, where asked for, mAP."""
+        return {**self.cells.compute(), **(self.detections.compute() if self.detections else {})}
+
+
+def detect(
+    config: Config,
+    outputs: Sequence[Tensor],
+    anchors: Tensor,
+    score_threshold: float,
+    *,
+    all_classes: bool = False,
+) -> list[dict[str, Tensor]]:
+    """Return the detections of a batch, in pixels of the network input; see `postprocess`."""
+    return postprocess(
+        outputs,
+        anchors.to(outputs[0].device),
+        score_threshold=score_threshold,
+        iou_threshold=config.iou_threshold,
+        max_detections=config.max_detections,
+        all_classes=all_classes,
+        nms=config.nms,
+        class_loss=config.loss_settings.class_loss,
+    )
