@@ -96,3 +96,43 @@ def test_false_cells_per_image_follow_from_the_no_object_accuracy() -> None:
     empty_per_image = sum(int(targets.empty.sum()) for targets in assigned) / 2
     expected = (1 - np.array(sweep["no_object_accuracy"])) * empty_per_image
     assert sweep["false_cells_per_image"] == pytest.approx(expected.tolist())
+
+
+def test_the_threshold_where_no_object_is_98_percent_is_the_lowest_such() -> None:
+    outputs = [torch.zeros(1, 1, 10, 10, 6)]
+    outputs[0][..., 4] = (torch.arange(100).view(1, 1, 10, 10) / 100 + 0.0005).logit()
+    empty = torch.ones(1, 1, 10, 10, dtype=torch.bool)
+    empty[0, 0, 9, 5:] = False  # objectness 0.95 and more: five positive cells
+    cells = torch.tensor([[0, 0, 9, column] for column in range(5, 10)])
+    metric = CellAccuracy(num_classes=1, num_scales=1)
+    targets = SimpleNamespace(cells=cells, labels=torch.zeros(5, dtype=torch.int64), empty=empty)
+    metric.update(outputs, [targets])
+    result = metric.compute()["at_no_object_98"]
+    assert result["threshold"] == 0.931  # 94 of 95 empty cells are silent there, at 0.93 only 93
+    assert result["no_object_accuracy"] == pytest.approx(94 / 95)
+    assert result["object_accuracy"] == 1.0
+    assert metric.at(0.972)["object_accuracy"] == pytest.approx(2 / 5)
+
+
+def test_without_cells_there_is_no_threshold() -> None:
+    result = CellAccuracy(num_classes=2).compute()["at_no_object_98"]
+    assert result == {"threshold": None, "no_object_accuracy": None, "object_accuracy": None}
+
+
+def test_class_accuracy_by_class_and_by_size_in_pixels_of_the_image() -> None:
+    output = torch.zeros(2, 1, 2, 2, 5 + 3)
+    output[0, 0, 0, 0, 5] = 1  # says class 0
+    output[0, 0, 1, 1, 6] = 1  # says class 1
+    output[1, 0, 0, 0, 6] = 1
+    cells = torch.tensor([[0, 0, 0, 0], [0, 0, 1, 1], [1, 0, 0, 0]])
+    targets = SimpleNamespace(
+        cells=cells,
+        labels=torch.tensor([0, 2, 1]),
+        boxes=torch.tensor([[0.0, 0, 16, 16], [0, 0, 100, 100], [0, 0, 16, 16]]),
+        empty=torch.zeros(2, 1, 2, 2, dtype=torch.bool),
+    )
+    metric = CellAccuracy(num_classes=3, num_scales=1)
+    metric.update([output], [targets], torch.tensor([0.4, 0.6]))  # 40 and 27 pixels in their images
+    result = metric.compute()
+    assert result["class_accuracy_by_class"] == [1.0, 1.0, 0.0]
+    assert result["class_accuracy_by_size"] == {"small": 1.0, "medium": 1.0, "large": 0.0}

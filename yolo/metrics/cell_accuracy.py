@@ -1,8 +1,8 @@
 """Class, object and no-object accuracy over the cells of the output grids, pooled over the three scales.
 
 A cell here is one anchor at one grid position. Cells that the assignment ignores (neither positive nor empty)
-are left out. What `--assignment paper` ignores by the overlap of its prediction, only the loss knows: here it
-counts as empty.
+are left out. So that runs can be compared, the cells are assigned by the reference's rule, whatever they were
+trained with.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from yolo.metrics.average_precision import COCO_AREAS
+
 HEADLINE_THRESHOLD = 0.05  # the reference code's
+NO_OBJECT_TARGET = 0.98  # objectness thresholds are chosen where so many empty cells are silent
 THRESHOLDS = np.concatenate([np.arange(1, 50) / 1000, np.arange(5, 100) / 100])  # 0.05 and 0.5 are among them
+FINE_THRESHOLDS = np.union1d(np.arange(1, 100) / 10000, np.arange(1, 1000) / 1000)  # all of THRESHOLDS too
 
 
 class AssignedScale(Protocol):
@@ -22,6 +26,10 @@ class AssignedScale(Protocol):
     @property
     def cells(self) -> Tensor:
         """[P, 4] image, anchor, row and column of the positive cells."""
+
+    @property
+    def boxes(self) -> Tensor:
+        """[P, 4] xyxy pixels of the network input."""
 
     @property
     def labels(self) -> Tensor:
@@ -36,21 +44,29 @@ class CellAccuracy:
     """Counts hits batch by batch; the counts of several ranks add up."""
 
     def __init__(self, num_classes: int, num_scales: int = 3) -> None:
-        bins = len(THRESHOLDS) + 1  # bin k counts the cells whose objectness exceeds exactly k thresholds
+        bins = len(FINE_THRESHOLDS) + 1  # bin k counts cells whose objectness exceeds exactly k of them
         self._counts = {
             "images": np.zeros(1, np.int64),
             "positive": np.zeros((num_scales, bins), np.int64),
             "empty": np.zeros((num_scales, bins), np.int64),
             "class_hits": np.zeros((num_scales, num_classes), np.int64),
             "class_total": np.zeros((num_scales, num_classes), np.int64),
+            "size_hits": np.zeros((num_scales, len(COCO_AREAS)), np.int64),
+            "size_total": np.zeros((num_scales, len(COCO_AREAS)), np.int64),
         }
 
-    def update(self, outputs: Sequence[Tensor], assigned: Sequence[AssignedScale]) -> None:
+    def update(
+        self,
+        outputs: Sequence[Tensor],
+        assigned: Sequence[AssignedScale],
+        enlarged: Tensor | None = None,
+    ) -> None:
         """Add one batch.
 
         Args:
             outputs: per scale [B, A, H, W, 5 + C] raw predictions.
             assigned: per scale the cells' targets.
+            enlarged: [B] pixels of the network input per pixel of each image, if sizes are to count.
         """
         counts = self._counts
         counts["images"] += len(outputs[0])
@@ -58,11 +74,15 @@ class CellAccuracy:
         for scale, (output, targets) in enumerate(zip(outputs, assigned, strict=True)):
             positive = output[tuple(targets.cells.unbind(1))]
             labels = targets.labels.to(positive.device)
-            hits = labels[positive[:, 5:].argmax(-1) == labels]
+            right = positive[:, 5:].argmax(-1) == labels
             counts["positive"][scale] += _threshold_bins(positive[:, 4])
             counts["empty"][scale] += _threshold_bins(output[..., 4][targets.empty])
-            counts["class_hits"][scale] += _count(hits, num_classes)
+            counts["class_hits"][scale] += _count(labels[right], num_classes)
             counts["class_total"][scale] += _count(labels, num_classes)
+            if enlarged is not None:
+                sizes = _size_numbers(targets, enlarged).to(right.device)
+                counts["size_hits"][scale] += _count(sizes[right], len(COCO_AREAS))
+                counts["size_total"][scale] += _count(sizes, len(COCO_AREAS))
 
     def state(self) -> dict[str, np.ndarray]:
         """Return the counts of this rank."""
@@ -76,10 +96,12 @@ class CellAccuracy:
         """Return fractions in [0, 1], or None where there was nothing to count.
 
         `object_accuracy` and `no_object_accuracy` are at the reference's threshold 0.05; with the suffix
-        `_at_0.5` they are at 0.5. `threshold_sweep` has both at all thresholds, and the number of empty cells
-        per image that fire. `per_scale` repeats the headline for each grid, coarse to fine.
+        `_at_0.5` they are at 0.5. `at_no_object_98` has both at the lowest threshold at which no-object is
+        98 % or more. `threshold_sweep` has both at all thresholds, and the number of empty cells per image
+        that fire. `per_scale` repeats the headline for each grid, coarse to fine. `class_accuracy_by_class`
+        is a list, `class_accuracy_by_size` has COCO's small, medium and large.
         """
-        pooled = {key: value.sum(0, keepdims=value.ndim == 2) for key, value in self._counts.items()}
+        pooled = self._pooled()
         sweep = _sweep(pooled["positive"][0], pooled["empty"][0], int(pooled["images"]))
         return {
             **_headline(pooled, 0, HEADLINE_THRESHOLD),
@@ -88,6 +110,11 @@ class CellAccuracy:
                 for key, value in _headline(pooled, 0, 0.5).items()
                 if key != "class_accuracy"
             },
+            "at_no_object_98": self.at(self.silent_threshold()),
+            "class_accuracy_by_class": _shares(pooled["class_hits"][0], pooled["class_total"][0]),
+            "class_accuracy_by_size": dict(
+                zip(COCO_AREAS, _shares(pooled["size_hits"][0], pooled["size_total"][0]), strict=True)
+            ),
             "threshold_sweep": sweep,
             "per_scale": [
                 _headline(self._counts, scale, HEADLINE_THRESHOLD) | {"positive_cells": int(positive.sum())}
@@ -95,11 +122,36 @@ class CellAccuracy:
             ],
         }
 
+    def silent_threshold(self) -> float | None:
+        """Return the lowest of `FINE_THRESHOLDS` at which no-object accuracy is 98 %, None if at none."""
+        fired = _share_above(self._pooled()["empty"][0])
+        enough = np.zeros(1, bool) if fired is None else 1 - fired >= NO_OBJECT_TARGET
+        return float(FINE_THRESHOLDS[enough.argmax()]) if enough.any() else None
+
+    def at(self, threshold: float | None) -> dict[str, float | None]:
+        """Return `threshold` (one of `FINE_THRESHOLDS`), `no_object_accuracy` and `object_accuracy` there."""
+        if threshold is None:
+            return dict.fromkeys(("threshold", "no_object_accuracy", "object_accuracy"))
+        headline = _headline(self._pooled(), 0, threshold)
+        del headline["class_accuracy"]
+        return {"threshold": threshold, **headline}
+
+    def _pooled(self) -> dict[str, np.ndarray]:
+        return {key: value.sum(0, keepdims=value.ndim == 2) for key, value in self._counts.items()}
+
+
+def _size_numbers(targets: AssignedScale, enlarged: Tensor) -> Tensor:
+    """Return [P] the place in `COCO_AREAS` of each positive cell's object, in pixels of its image."""
+    scale = enlarged.to(targets.boxes.device)[targets.cells[:, 0]]
+    sides = (targets.boxes[:, 2:] - targets.boxes[:, :2]) / scale[:, None]
+    limits = [area for _, area in COCO_AREAS.values()]
+    return torch.bucketize(sides.prod(1), sides.new_tensor(limits[:-1]))
+
 
 def _threshold_bins(logits: Tensor) -> np.ndarray:
-    thresholds = torch.as_tensor(THRESHOLDS, dtype=torch.float32, device=logits.device)
+    thresholds = torch.as_tensor(FINE_THRESHOLDS, dtype=torch.float32, device=logits.device)
     exceeded = torch.bucketize(logits.float().sigmoid(), thresholds)
-    return _count(exceeded, len(THRESHOLDS) + 1)
+    return _count(exceeded, len(FINE_THRESHOLDS) + 1)
 
 
 def _count(values: Tensor, size: int) -> np.ndarray:
@@ -112,8 +164,12 @@ def _share_above(bins: np.ndarray) -> np.ndarray | None:
     return above[1:] / above[0] if above[0] else None
 
 
+def _shares(hits: np.ndarray, totals: np.ndarray) -> list[float | None]:
+    return [float(hit / total) if total else None for hit, total in zip(hits, totals, strict=True)]
+
+
 def _headline(counts: dict[str, np.ndarray], scale: int, threshold: float) -> dict[str, float | None]:
-    at = int(THRESHOLDS.searchsorted(threshold))
+    at = int(FINE_THRESHOLDS.searchsorted(threshold))
     found = _share_above(counts["positive"][scale])
     fired = _share_above(counts["empty"][scale])
     hits, total = counts["class_hits"][scale].sum(), counts["class_total"][scale].sum()
@@ -126,10 +182,11 @@ def _headline(counts: dict[str, np.ndarray], scale: int, threshold: float) -> di
 
 def _sweep(positive: np.ndarray, empty: np.ndarray, num_images: int) -> dict[str, list[float]]:
     found, fired = _share_above(positive), _share_above(empty)
+    shown = FINE_THRESHOLDS.searchsorted(THRESHOLDS)
     sweep = {"threshold": THRESHOLDS.tolist()}
     if found is not None:
-        sweep["object_accuracy"] = found.tolist()
+        sweep["object_accuracy"] = found[shown].tolist()
     if fired is not None:
-        sweep["no_object_accuracy"] = (1 - fired).tolist()
-        sweep["false_cells_per_image"] = (fired * empty.sum() / num_images).tolist()
+        sweep["no_object_accuracy"] = (1 - fired[shown]).tolist()
+        sweep["false_cells_per_image"] = (fired[shown] * empty.sum() / num_images).tolist()
     return sweep

@@ -37,6 +37,9 @@ def table(results: dict[str, Any], rows: list[tuple[str, Any]]) -> str:
         rows = [(at, f"precision {shown['precision']:.3f}, recall {recall}"), *rows]
     if calibration and calibration["expected_error"] is not None:
         rows = [("calibration error (ECE)", f"{calibration['expected_error']:.4f}"), *rows]
+    if (silent := results.get("at_no_object_98", {})).get("object_accuracy") is not None:
+        at = f"objectness > {silent['threshold']:g}, no-object {silent['no_object_accuracy']:.4f}"
+        rows = [("object accuracy where no-object is 98 %", f"{silent['object_accuracy']:.4f} ({at})"), *rows]
     if undefined := results.get("classes_without_objects"):
         rows = [("without objects (AP undefined)", ", ".join(undefined)), *rows]
     blocks = ["\n".join(summary_lines(results, rows))]
@@ -50,10 +53,12 @@ def table(results: dict[str, Any], rows: list[tuple[str, Any]]) -> str:
 
 def _class_lines(results: Mapping[str, Any]) -> Iterator[str]:
     width = max(map(len, [*results["per_class"], "class"]))
-    yield f"  {'class':<{width}}  objects   AP@0.5  11-point  0.5:0.95"
+    accuracies = results.get("class_accuracy_by_class", {})
+    yield f"  {'class':<{width}}  objects   AP@0.5  11-point  0.5:0.95  class accuracy"
     for name, row in results["per_class"].items():
         scores = "".join(_cell(row[key], 10) for key in ("ap_50_11pt", "ap_50_95"))
-        yield f"  {name:<{width}} {row['objects']:>8} {_cell(row['ap_50'], 8)}{scores}"
+        accuracy = _cell(accuracies.get(name), 16)
+        yield f"  {name:<{width}} {row['objects']:>8} {_cell(row['ap_50'], 8)}{scores}{accuracy}"
 
 
 def _accuracy_lines(results: Mapping[str, Any]) -> Iterator[str]:
@@ -64,9 +69,11 @@ def _accuracy_lines(results: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _size_lines(results: Mapping[str, Any]) -> Iterator[str]:
-    yield "  size     objects   AP@0.5  0.5:0.95"
+    accuracies = results.get("class_accuracy_by_size", {})
+    yield "  size     objects   AP@0.5  0.5:0.95  class accuracy"
     for name, row in results["by_size"].items():
-        yield f"  {name:<7} {row['objects']:>8} {_cell(row['ap_50'], 8)}{_cell(row['ap_50_95'], 10)}"
+        scores = f"{_cell(row['ap_50'], 8)}{_cell(row['ap_50_95'], 10)}"
+        yield f"  {name:<7} {row['objects']:>8} {scores}{_cell(accuracies.get(name), 16)}"
 
 
 def _error_lines(results: Mapping[str, Any]) -> Iterator[str]:

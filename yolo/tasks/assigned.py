@@ -84,7 +84,6 @@ def assign(
     targets: Sequence[Mapping[str, Tensor]],
     anchors: Tensor,
     img_size: int,
-    device: torch.device | str = "cpu",
 ) -> list[ScaleTargets]:
     """Assign targets by the rule that a run trains with; see `assign_targets`."""
     loss = config.loss_settings
@@ -95,5 +94,4 @@ def assign(
         rule=loss.assignment,
         ignore_iou=loss.ignore_iou,
         use_difficult=config.train_difficult,
-        device=device,
     )

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -15,13 +16,13 @@ from yolo.data.dataset import DetectionDataset
 from yolo.data.samplers import SampleKey
 from yolo.data.samples import EvalSamples, MosaicCollate, TrainSample, TrainSamples, plain_collate
 from yolo.data.sources import open_datasets, open_test_set
-from yolo.losses import YoloLoss
+from yolo.losses import YoloLoss, assign_targets
 from yolo.metrics.average_precision import DetectionMetrics
 from yolo.metrics.cell_accuracy import CellAccuracy
 from yolo.metrics.report import SHOWN_SCORE
 from yolo.models.build import build_model
 from yolo.models.yolov3 import STRIDES, make_anchors, postprocess
-from yolo.tasks.assigned import AssignedCollate, AssignedTargets, assign
+from yolo.tasks.assigned import AssignedCollate, AssignedTargets
 from yolo.tasks.base import EvalSplit, Task, tile
 from yolo.viz.draw import draw_boxes
 
@@ -144,13 +145,21 @@ class DetectionEvaluation:
     def __init__(self, config: Config, anchors: Tensor, dataset: DetectionDataset, *, with_map: bool) -> None:
         self.config = config
         self.anchors = anchors
+        self.class_names = dataset.class_names
         self.cells = CellAccuracy(len(dataset.class_names))
+        self.cells_with_difficult = CellAccuracy(len(dataset.class_names))
         self.detections = DetectionMetrics(dataset) if with_map else None
 
     def update(self, outputs: Sequence[Tensor], targets: Sequence[Mapping[str, Any]]) -> None:
         """Add one batch of raw outputs and the targets of `EvalSamples`."""
         img_size, device = outputs[0].shape[2] * STRIDES[0], outputs[0].device
-        self.cells.update(outputs, assign(self.config, targets, self.anchors, img_size, device))
+        scales = [target["letterbox"].scale for target in targets if "letterbox" in target]
+        enlarged = torch.tensor(scales) if scales else None
+        for cells, use_difficult in ((self.cells, False), (self.cells_with_difficult, True)):
+            assigned = assign_targets(
+                targets, self.anchors, img_size, use_difficult=use_difficult, device=device
+            )
+            cells.update(outputs, assigned, enlarged)
         if self.detections is None:
             return
         threshold = self.config.score_threshold
@@ -164,17 +173,35 @@ class DetectionEvaluation:
     def state(self) -> dict[str, Any]:
         """Return this rank's sums and detections."""
         detections = self.detections.state() if self.detections else None
-        return {"cells": self.cells.state(), "detections": detections}
+        return {
+            "cells": self.cells.state(),
+            "cells_with_difficult": self.cells_with_difficult.state(),
+            "detections": detections,
+        }
 
     def merge(self, states: Sequence[dict[str, Any]]) -> None:
         """Take the sums and detections of all ranks."""
         self.cells.merge([state["cells"] for state in states])
+        self.cells_with_difficult.merge([state["cells_with_difficult"] for state in states])
         if self.detections:
             self.detections.merge([state["detections"] for state in states])
 
     def compute(self) -> dict[str, Any]:
-        """Return the three accuracies and, where asked for, mAP."""
-        return {**self.cells.compute(), **(self.detections.compute() if self.detections else {})}
+        """Return the three accuracies and, where asked for, mAP.
+
+        Objects flagged as difficult are no targets of the accuracies, as in the reference's label
+        files; `with_difficult` has the accuracies with those objects.
+        """
+        cells, others = self.cells.compute(), self.cells_with_difficult.compute()
+        by_class = zip(self.class_names, cells["class_accuracy_by_class"], strict=True)
+        return {
+            **cells,
+            "class_accuracy_by_class": dict(by_class),
+            "with_difficult": {
+                name: value for name, value in others.items() if not isinstance(value, list | dict)
+            },
+            **(self.detections.compute() if self.detections else {}),
+        }
 
 
 def detect(
