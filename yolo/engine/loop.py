@@ -15,7 +15,7 @@ from yolo.data.anchors import anchors_gained
 from yolo.data.samplers import MultiSizeBatchSampler
 from yolo.engine.fabric import Fabric, agree, agreed_reason, gather, pick_precision, sum_over_ranks
 from yolo.engine.meter import Meter
-from yolo.engine.state import State
+from yolo.engine.state import State, freeze_backbone
 from yolo.engine.stopping import StopRequest
 from yolo.errors import UserError
 from yolo.runs.logbook import Progress
@@ -39,13 +39,14 @@ def plan(fabric: Fabric, cfg: Config, task: Task, sampler: MultiSizeBatchSampler
 def introduction(fabric: Fabric, cfg: Config, task: Task, run: Run) -> str:
     """Say what is about to run, and where."""
     precision, why = pick_precision(cfg.precision, fabric.device.type)
+    name = f"YoloV3 on {cfg.backbone}" if cfg.task == "detection" else type(task.model).__name__
     parameters = sum(parameter.numel() for parameter in task.model.parameters())
     eval_set = task.eval_split.dataset
     lines = [
         f"run folder   {run.folder.path}",
         f"data         {task.train_set.name}: {len(task.train_set)} images; test {eval_set.name}: "
         f"{len(eval_set)} images; {len(task.class_names)} classes",
-        f"model        {type(task.model).__name__}, width {cfg.width:g}, {parameters:,} parameters",
+        f"model        {name}, width {cfg.width:g}, {parameters:,} parameters",
         f"hardware     {fabric.world_size} process(es) on {hardware(fabric.device)}; "
         f"precision {precision}: {why}",
         f"schedule     {len(run.schedule)} steps of batch {cfg.batch_size} at "
@@ -86,7 +87,7 @@ def train_step(
         finite &= total.detach().isfinite()
         state.add_losses(list(losses), terms.detach())
     for group in state.optimizer.param_groups:
-        group["lr"], group["betas"] = lr, (beta1, group["betas"][1])
+        group["lr"], group["betas"] = lr * group["lr_factor"], (beta1, group["betas"][1])
     if state.scaler:
         state.scaler.unscale_(state.optimizer.optimizer)
     # Fabric's own refuses a fused optimizer under a scaler
@@ -121,6 +122,7 @@ def train_one_epoch(
         UserError: if the loss is not finite for several steps, or the GPU's memory is exhausted.
     """
     cfg, schedule = task.config, run.schedule
+    freeze_backbone(state, cfg)
     meter = Meter(fabric, cfg, state, run)
     try:
         for micro_batches in meter.timed(steps):

@@ -11,6 +11,7 @@ from yolo.config import Config
 from yolo.engine.ema import Ema
 from yolo.engine.fabric import Fabric, gather
 from yolo.inference.fast import require_compiler
+from yolo.models.yolov3 import YoloV3
 from yolo.tasks.base import Task
 
 
@@ -99,7 +100,9 @@ def make_state(fabric: Fabric, scaler: torch.amp.GradScaler | None, cfg: Config,
     """Move the task to the device, wrap the model and build optimizer and EMA."""
     network = task.model
     if cfg.sync_batchnorm and fabric.world_size > 1:
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        from timm.layers import convert_sync_batchnorm  # torch's own would drop the activations of timm's
+
+        network = convert_sync_batchnorm(network)
     network = network.to(fabric.device).to(memory_format=torch.channels_last)
     task.criterion.to(fabric.device)
     ema = Ema(network, cfg.ema_decay)
@@ -116,10 +119,44 @@ def make_state(fabric: Fabric, scaler: torch.amp.GradScaler | None, cfg: Config,
 def make_optimizer(network: nn.Module, cfg: Config) -> torch.optim.Adam:
     """Return Adam or AdamW; only weights of two or more dimensions decay. The schedule sets its rate.
 
+    Each group takes its `lr_factor` of the schedule's rate. A backbone that is frozen or learns more slowly
+    has groups of its own. A checkpoint stores Adam's state by position: the backbone comes first within the
+    weights and within the others, as it does in the network, so no flag moves a parameter.
+
     It is fused: with a gradient scaler, only then is a step that overflowed left out without asking the GPU.
     """
-    weights = [parameter for parameter in network.parameters() if parameter.ndim > 1]
-    others = [parameter for parameter in network.parameters() if parameter.ndim <= 1]
-    groups = [{"params": weights, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    apart = cfg.backbone_lr_factor != 1 or cfg.freeze_backbone > 0
+    backbone = {*network.backbone.parameters()} if apart and isinstance(network, YoloV3) else set()
+    groups = []
+    for decays in (True, False):
+        for in_backbone in (True, False):
+            parameters = [
+                parameter
+                for parameter in network.parameters()
+                if (parameter.ndim > 1) == decays and (parameter in backbone) == in_backbone
+            ]
+            if parameters:
+                group = {
+                    "params": parameters,
+                    "weight_decay": cfg.weight_decay if decays else 0.0,
+                    "lr_factor": cfg.backbone_lr_factor if in_backbone else 1.0,
+                    "in_backbone": in_backbone,
+                }
+                groups.append(group)
     optimizer = torch.optim.AdamW if cfg.optimizer == "adamw" else torch.optim.Adam
     return optimizer(groups, fused=True)
+
+
+def freeze_backbone(state: State, cfg: Config) -> None:
+    """Hold the backbone still while the epoch is among the first `cfg.freeze_backbone`, then let it learn.
+
+    Frozen, its rate is zero (and with it the decay) and its batch statistics stay. It follows from the
+    epoch alone, so that a resumed run and every rank know it.
+    """
+    if not cfg.freeze_backbone or not isinstance(state.network, YoloV3):
+        return
+    frozen = state.epoch < cfg.freeze_backbone
+    state.network.backbone.train(not frozen)
+    for group in state.optimizer.param_groups:
+        if group["in_backbone"]:
+            group["lr_factor"] = 0.0 if frozen else cfg.backbone_lr_factor

@@ -3,17 +3,19 @@
 import copy
 import os
 import shutil
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from yolo.errors import UserError
+from yolo.models.backbones import TimmBackbone
 from yolo.models.darknet import images_to_float
 
 Network = TypeVar("Network", bound=nn.Module)
 
+SAME = 1e-3  # largest difference after fusing, as a share of the largest feature
 COMPILERS = ("g++", "clang++", "cl")  # what torch.compile looks for on Linux, macOS and Windows
 
 
@@ -78,6 +80,8 @@ def fuse(model: Network) -> Network:
     for module in model.modules():
         if isinstance(module, nn.Sequential):
             _fuse_pairs(module)
+        elif isinstance(module, TimmBackbone):
+            module.net = _fuse_timm(module.net)
     return model
 
 
@@ -86,7 +90,65 @@ def _fuse_pairs(layers: nn.Sequential) -> None:
         conv, norm = layers[i], layers[i + 1]
         if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
             layers[i] = fuse_conv_bn_eval(conv, norm)
-            layers[i + 1] = nn.Identity()
+            layers[i + 1] = _activation(norm)
+
+
+def _fuse_timm(net: nn.Module) -> nn.Module:
+    """Fuse a network whose blocks keep their layers as attributes: a forward shows what feeds what.
+
+    A convolution that feeds more than its normalisation cannot be told that way, so the result is compared;
+    where it differs the network stays as it is.
+    """
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(next(net.parameters()))
+    expected, pairs = _watch(net, images)
+    fused = copy.deepcopy(net)
+    for conv_name, norm_name in pairs:
+        conv = cast(nn.Conv2d, fused.get_submodule(conv_name))
+        norm = cast(nn.BatchNorm2d, fused.get_submodule(norm_name))
+        fused.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))
+        fused.set_submodule(norm_name, _activation(norm))
+    with torch.no_grad():
+        same = all(
+            (found - wanted).abs().max() <= SAME * wanted.abs().max()
+            for found, wanted in zip(fused(images), expected, strict=True)
+        )
+    return fused if same else net
+
+
+@torch.no_grad()
+def _watch(net: nn.Module, images: Tensor) -> tuple[Any, list[tuple[str, str]]]:
+    """Return what a network gives, and which normalisation takes which convolution's output as it is."""
+    made: dict[int, tuple[str, Tensor]] = {}  # the tensors are kept, else another takes their place
+    pairs: list[tuple[str, str]] = []
+
+    def note_conv(name: str, output: Tensor) -> None:
+        made[id(output)] = (name, output)
+
+    def note_norm(name: str, received: Tensor) -> None:
+        if id(received) in made:
+            pairs.append((made[id(received)][0], name))
+
+    names = {module: name for name, module in net.named_modules()}
+    hooks = [
+        module.register_forward_hook(lambda conv, _, output: note_conv(names[conv], output))
+        for module in names
+        if isinstance(module, nn.Conv2d)
+    ] + [
+        module.register_forward_pre_hook(lambda norm, given: note_norm(names[norm], given[0]))
+        for module in names
+        if isinstance(module, nn.BatchNorm2d)
+    ]
+    try:
+        return net(images), pairs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _activation(norm: nn.BatchNorm2d) -> nn.Module:
+    """Return what is left of a normalisation that was folded: timm's have an activation in them."""
+    act = getattr(norm, "act", None)
+    return act if isinstance(act, nn.Module) else nn.Identity()
 
 
 def require_compiler() -> None:

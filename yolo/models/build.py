@@ -1,6 +1,5 @@
 """From a configuration to its network."""
 
-from collections.abc import Callable
 from typing import TypeVar
 
 from torch import nn
@@ -19,6 +18,6 @@ def by_task(task: str, *, detection: T, classification: T) -> T:
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
     """Return the untrained network of a configuration."""
-    network: Callable[[int, float], nn.Module]
-    network = by_task(config.task, detection=YoloV3, classification=ResNet)
-    return network(num_classes, config.width)
+    if config.task == "classification":
+        return ResNet(num_classes, config.width)
+    return YoloV3(num_classes, config.width, config.backbone)

@@ -62,6 +62,7 @@ class Darknet53(nn.Module):
             stages.append(nn.Sequential(ConvBnAct(in_channels, out_channels, 3, stride=2), *residuals))
             in_channels = out_channels
         self.stages = nn.ModuleList(stages)
+        self.channels = tuple(scaled(channels, width) for channels, _ in self.STAGES[2:])  # fine to coarse
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Map float images [B, 3, S, S] to the features of strides 8, 16 and 32."""

@@ -1,4 +1,4 @@
-"""YOLOv3 (Redmon & Farhadi 2018): Darknet-53, three heads from coarse to fine, and their decoding."""
+"""YOLOv3 (Redmon & Farhadi 2018): a backbone, three heads from coarse to fine, and their decoding."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms, box_iou
 
 from yolo.config import ANCHOR_REFERENCE_SIZE
-from yolo.models.darknet import ConvBnAct, Darknet53, images_to_float, scaled
+from yolo.errors import UsageError
+from yolo.models.backbones import TimmBackbone, make_backbone
+from yolo.models.darknet import ConvBnAct, images_to_float, scaled
 
 STRIDES = (32, 16, 8)  # coarse to fine, as in the paper and in Darknet
 ANCHORS_PER_SCALE = 3
@@ -20,20 +22,27 @@ MAX_LOG_SCALE = 6.0  # exp(6) anchors are wider than any image: keeps a decoded 
 
 
 class YoloV3(nn.Module):
-    """The detector; 61,626,049 parameters at width 1 with 20 classes.
+    """The detector; 61,626,049 parameters with Darknet-53 at width 1 with 20 classes.
+
+    `width` scales every channel count but those of a backbone of timm.
 
     Per scale, `necks[i]` is the five-convolution block and `heads[i]` the 3x3 and the biased 1x1 convolution
     that give `tx, ty, tw, th, objectness, classes`; `laterals[i]` carries scale i to the next finer one.
     """
 
-    def __init__(self, num_classes: int, width: float = 1.0) -> None:
+    def __init__(self, num_classes: int, width: float = 1.0, backbone: str = "darknet53") -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.backbone = Darknet53(width)
+        self.backbone = make_backbone(backbone, width)
+        fine, middle, coarse = self.backbone.channels
         c3, c4, c5 = (scaled(channels, width) for channels in (256, 512, 1024))
         half = {c: scaled(c // 2, 1.0) for c in (c3, c4, c5)}
         self.necks = nn.ModuleList(
-            [_neck(c5, half[c5], c5), _neck(c4 + half[c4], half[c4], c4), _neck(c3 + half[c3], half[c3], c3)]
+            [
+                _neck(coarse, half[c5], c5),
+                _neck(middle + half[c4], half[c4], c4),
+                _neck(fine + half[c3], half[c3], c3),
+            ]
         )
         self.laterals = nn.ModuleList([ConvBnAct(half[c5], half[c4], 1), ConvBnAct(half[c4], half[c3], 1)])
         outputs = ANCHORS_PER_SCALE * (5 + num_classes)
@@ -53,6 +62,11 @@ class YoloV3(nn.Module):
 
     def trace(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Return what enters each neck, and the raw outputs of `forward`; both coarse to fine."""
+        height, width = images.shape[2:]
+        if height % STRIDES[0] or width % STRIDES[0]:
+            raise UsageError(
+                f"images of {height} x {width} pixels: the detector takes multiples of {STRIDES[0]}"
+            )
         fine, middle, coarse = self.backbone(images_to_float(images))
         neck_inputs, outputs = [coarse], []
         for scale, finer in enumerate((middle, fine, None)):
@@ -74,8 +88,10 @@ class YoloV3(nn.Module):
         return shaped.permute(0, 1, 3, 4, 2)
 
     def _init_weights(self) -> None:
+        # timm has given its own layers what suits them
+        done = {*self.backbone.modules()} if isinstance(self.backbone, TimmBackbone) else set()
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and module not in done:
                 nn.init.kaiming_normal_(module.weight, a=0.1, mode="fan_out", nonlinearity="leaky_relu")
         for head in self.heads:
             last = cast(nn.Conv2d, cast(nn.Sequential, head)[-1])

@@ -180,7 +180,14 @@ def save_weights(
 
 def publish_weights(path: Path, loaded: LoadedWeights) -> None:
     """Write a model for others: as `save_weights`, without what belongs to the machine that trained it."""
-    config = dataclasses.replace(loaded.config, data_root=None, init_weights=None, download=False)
+    weights = loaded.config.backbone_weights
+    config = dataclasses.replace(
+        loaded.config,
+        data_root=None,
+        init_weights=None,
+        backbone_weights=Path(weights).name if weights else "none",
+        download=False,
+    )
     save_weights(path, loaded.model, config, loaded.class_names, loaded.anchors, public_results(loaded))
 
 

@@ -1,4 +1,4 @@
-"""Start training from weights made elsewhere: our checkpoints, Darknet's files, torch state dicts."""
+"""Start training from weights made elsewhere: timm's, Darknet's, our checkpoints, torch state dicts."""
 
 import pickle
 import re
@@ -13,7 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from yolo.config import Config
 from yolo.errors import UsageError, UserError
+from yolo.models.backbones import TimmBackbone, fetch_state, fit_state
 from yolo.models.darknet_weights import darknet_convolutions, load_darknet
 from yolo.models.yolov3 import YoloV3
 from yolo.runs.checkpoint import load_checkpoint
@@ -43,6 +45,61 @@ class LoadReport:
         return lines + self.notes
 
 
+def start_weights(model: nn.Module, config: Config) -> list[str]:
+    """Give a new model the weights that `--backbone-weights` and `--init-weights` ask for, in place.
+
+    Returns:
+        What was loaded, in lines for people.
+
+    Raises:
+        UserError: if a file does not fit, or nothing can be fetched; the model is then unchanged.
+    """
+    lines = []
+    wanted = config.backbone_weights
+    if wanted == "auto" and config.init_weights:
+        wanted = "none"  # that file brings its backbone
+    if isinstance(model, YoloV3) and wanted != "none":
+        lines += load_backbone(model, wanted)
+    if config.init_weights:
+        lines += init_weights(model, Path(config.init_weights)).lines()
+    return lines
+
+
+def load_backbone(model: YoloV3, source: str) -> list[str]:
+    """Copy pretrained weights into the backbone, in place.
+
+    Args:
+        model: the detector. For one on Darknet-53 `auto` means none: its files come by --init-weights.
+        source: `auto`, or a file.
+
+    Returns:
+        What was loaded, in lines for people.
+
+    Raises:
+        UserError: if there is no such file, it is damaged or of another network, or cannot be fetched.
+    """
+    backbone = model.backbone
+    if not isinstance(backbone, TimmBackbone):
+        if source == "auto":
+            return []
+        raise UsageError(
+            f"--backbone-weights {source}: is for backbones of timm; darknet53 starts with --init-weights "
+            "darknet53.conv.74, or take --backbone timm/darknet53"
+        )
+    if source == "auto":
+        backbone.net.load_state_dict(fetch_state(backbone.name))
+        return [f"backbone timm/{backbone.name}: timm's pretrained weights"]
+    path = Path(source)
+    if not path.is_file():
+        raise UsageError(f"--backbone-weights {path}: no such file")
+    try:
+        fitting = fit_state(backbone, _read_state(path))
+    except ValueError as error:
+        raise UserError(f"{path}: is not of --backbone timm/{backbone.name}: {error}") from None
+    backbone.net.load_state_dict(fitting, strict=False)  # a file may lack the counts of batches
+    return [f"{path}: {len(fitting)} tensors of timm/{backbone.name} loaded"]
+
+
 def init_weights(model: nn.Module, path: Path) -> LoadReport:
     """Copy what fits from a weight file into the model, in place; `.weights` and `.conv.N` are Darknet's.
 
@@ -62,6 +119,8 @@ def init_weights(model: nn.Module, path: Path) -> LoadReport:
 def _init_from_darknet(model: nn.Module, path: Path) -> LoadReport:
     if not isinstance(model, YoloV3):
         raise UsageError(f"--init-weights {path}: Darknet's files are for the detector, not for a classifier")
+    if isinstance(model.backbone, TimmBackbone):
+        raise UsageError(f"--init-weights {path}: Darknet's files are for --backbone darknet53")
     cut = load_darknet(model, path)
     convolutions = darknet_convolutions(model)
     present, absent = convolutions[: cut.convolutions], convolutions[cut.convolutions :]
@@ -79,6 +138,11 @@ def _init_from_state(model: nn.Module, path: Path, state: Mapping[str, Tensor]) 
     shared = [name for name in own if name in state]
     if not shared:
         raise UserError(f"{path}: no tensor in it has a name of this network's ({next(iter(own))}, ...)")
+    theirs, ours = ({name for name in names if name.startswith("backbone.")} for names in (state, own))
+    if theirs and ours and not theirs & ours:
+        raise UserError(
+            f"{path}: has another backbone ({min(theirs)}, ...); give the --backbone that it was made with"
+        )
     other_shape = [name for name in shared if state[name].shape != own[name].shape]
     for name in other_shape:
         if not OUTPUT_LAYER.match(name):

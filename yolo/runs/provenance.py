@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-LIBRARIES = ("torch", "torchvision", "lightning", "albumentations", "numpy")
+LIBRARIES = ("torch", "torchvision", "lightning", "timm", "albumentations", "numpy")
 
 
 def provenance() -> dict[str, Any]:

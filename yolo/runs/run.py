@@ -310,7 +310,7 @@ class Run:
     def _check_same(self, path: Path, content: Mapping[str, Any]) -> None:
         config = Config.from_dict(content["config"])
         now = self.task.config
-        for name in ("task", "width"):
+        for name in ("task", "backbone", "width"):
             if getattr(config, name) != getattr(now, name):
                 raise UserError(
                     f"{path}: was trained with --{name} {getattr(config, name)}, not {getattr(now, name)}; "
