@@ -5,6 +5,7 @@ python evaluate.py --checkpoint C --data-root VOCdevkit --split 2007:test
 python evaluate.py --checkpoint C --write-detections DIR                    # as comp4_det_<split>_<class>.txt
 python evaluate.py --detections DIR --data-root VOCdevkit --split 2007:test --matching devkit
 python evaluate.py --checkpoint C --images PATH|DIR|GLOB                    # annotated pictures, JSON and CSV
+python evaluate.py --checkpoint C --split 2007:val --calibrate          # C-calibrated.safetensors beside it
 python evaluate.py --checkpoint C --export model.onnx                       # or model.safetensors
 """
 
@@ -17,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from yolo import cli
 from yolo.config import Config, HardwareConfig
-from yolo.errors import UsageError
+from yolo.errors import UsageError, UserError
 
 if TYPE_CHECKING:
     import numpy as np
+    from lightning.fabric import Fabric
 
     from yolo.metrics.matching import Detections, Objects
     from yolo.runs.checkpoint import LoadedWeights
@@ -58,6 +60,11 @@ class EvaluateArgs(HardwareConfig):
     """Most detections kept per image."""
     matching: Literal["plain", "devkit"] = "plain"
     """`devkit` wants an IoU above 0.5, `plain` at least 0.5; both count whole pixels, as the devkit does."""
+    tta: Literal["none", "flip"] = "none"
+    """`flip`: answer with the mean over each picture and its mirror image, in twice the time."""
+    calibrate: bool = False
+    """Refit the scores on --split, which must hold pictures that the weights have not seen, and write
+    `<checkpoint>-calibrated.safetensors` beside the checkpoint."""
     mosaic: bool = False
     """Measure the cells on mosaics of four test images instead of single ones. No mAP."""
     write_detections: str | None = None
@@ -81,6 +88,11 @@ class EvaluateArgs(HardwareConfig):
             raise UsageError(
                 "--detections is scored as it is: --images, --mosaic, --write-detections and --export need a "
                 "--checkpoint"
+            )
+        if self.calibrate and (self.split is None or self.mosaic or self.images or self.export):
+            raise UsageError(
+                "--calibrate needs --split, pictures that the weights have not seen, and goes without "
+                "--mosaic, --images and --export"
             )
         if self.mosaic and self.write_detections:
             raise UsageError("--write-detections needs whole images: leave out --mosaic")
@@ -109,15 +121,60 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(export(loaded, Path(args.export)))
         return 0
-    return predict_pictures(args, loaded) if args.images else measure(args, loaded)
+    if args.images:
+        return predict_pictures(args, loaded)
+    if args.calibrate:
+        return calibrate(args, loaded)
+    measure(args, loaded)
+    return 0
 
 
-def measure(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
-    """Run the model over the test split; write and print everything that is known about it."""
+def calibrate(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
+    """Refit the scores on the split, measure them there, and write the weights as a new file."""
+    from yolo.engine.calibrate import calibrate_scores
+    from yolo.engine.fabric import make_fabric
+    from yolo.runs.checkpoint import save_weights
+    from yolo.tasks.build import open_split
+
+    path = loaded.path.with_name(f"{loaded.path.stem}-calibrated.safetensors")
+    if loaded.task != "detection" or loaded.calibration is not None:
+        what = "is a classifier" if loaded.task != "detection" else "is calibrated already"
+        raise UserError(f"{args.checkpoint}: {what}; --calibrate wants a detector as it was trained")
+    if path.exists():
+        raise UserError(f"{path}: is there already; move it away to calibrate anew")
+    cfg = args.over(loaded.config)
+    fabric, _ = make_fabric(cfg)
+    split = open_split(cfg, loaded.class_names, loaded.anchors)
+    calibrated = calibrate_scores(fabric, loaded, split)
+    results = measure(args, calibrated, fabric)
+    if results is None:
+        return 0
+    calibrated.calibration = calibrated.calibration | {
+        "images": results["image_count"],
+        "expected_error_after": results["calibration"]["expected_error"],
+        "object_threshold": results["at_no_object_98"]["threshold"],
+    }
+    save_weights(
+        path,
+        calibrated.model,
+        calibrated.config,
+        calibrated.class_names,
+        calibrated.anchors,
+        calibrated.results,
+        calibrated.calibration,
+    )
+    print(f"calibrated weights: {path}")
+    return 0
+
+
+def measure(
+    args: EvaluateArgs, loaded: "LoadedWeights", fabric: "Fabric | None" = None
+) -> dict[str, Any] | None:
+    """Run the model over the split; write, print and return all that is known about it (on rank 0)."""
     from yolo.engine import loop
     from yolo.engine.fabric import make_fabric, pick_precision
     from yolo.engine.loaders import make_eval_loader
-    from yolo.inference.fast import prepare
+    from yolo.inference.fast import FlipAveraged, prepare
     from yolo.metrics.devkit import write_detections
     from yolo.runs.provenance import hardware
     from yolo.tasks.build import open_split
@@ -128,16 +185,18 @@ def measure(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
             f"--mosaic and --write-detections need a detector; {args.checkpoint} is a classifier"
         )
     cfg = args.over(loaded.config)
-    fabric, _ = make_fabric(cfg)
+    fabric = fabric or make_fabric(cfg)[0]
     split = open_split(cfg, loaded.class_names, loaded.anchors)
     if args.mosaic:
         split = MosaicSplit.like(cast(DetectionSplit, split))
     loader = make_eval_loader(fabric, cfg, split)
     model = prepare(loaded.model, fabric.device, fast=args.fast, compiled=args.compile)
+    if args.tta == "flip":
+        model = FlipAveraged(model)
     start = time.perf_counter()
     metrics: Any = loop.evaluate(fabric, model, split, loader, full=True)
     if not fabric.is_global_zero:
-        return 0
+        return None
     results = {
         "image_count": len(split.dataset),
         **metrics.compute(),
@@ -150,10 +209,14 @@ def measure(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
         "precision": pick_precision(cfg.precision, fabric.device.type)[0],
         "hardware": hardware(fabric.device, fabric.world_size),
         "fast": args.fast,
+        "tta": args.tta,
+        "calibrated": loaded.calibration,
         "thresholds": {
             key: getattr(cfg, key) for key in ("score_threshold", "iou_threshold", "max_detections", "nms")
         },
     }
+    if loaded.calibration and "object_threshold" in loaded.calibration:
+        results["at_chosen_threshold"] = metrics.cells.at(loaded.calibration["object_threshold"])
     found = getattr(metrics, "detections", None)
     if args.write_detections and found:
         folder = Path(args.write_detections)
@@ -167,7 +230,7 @@ def measure(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
     report(
         args, results, split.dataset, *((found.detections(), found.objects()) if found else ()), **pictures
     )
-    return 0
+    return results
 
 
 def score_files(args: EvaluateArgs) -> int:
@@ -216,7 +279,7 @@ def predict_pictures(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
     from yolo.data.images import list_pictures
     from yolo.engine import loop
     from yolo.engine.fabric import make_fabric
-    from yolo.inference.fast import prepare
+    from yolo.inference.fast import FlipAveraged, prepare
     from yolo.inference.predict import Predictor, predict_files, write_predictions
     from yolo.metrics.report import SHOWN_SCORE
 
@@ -226,6 +289,8 @@ def predict_pictures(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
     if not fabric.is_global_zero:  # torchrun's number of processes wins
         return 0
     model = prepare(loaded.model, fabric.device, fast=args.fast, compiled=args.compile)
+    if args.tta == "flip":
+        model = FlipAveraged(model)
     threshold = SHOWN_SCORE if args.score_threshold is None else args.score_threshold
     predictor = Predictor(
         dataclasses.replace(loaded, config=cfg),

@@ -16,6 +16,7 @@ from yolo.models.yolov3 import (
     decode,
     make_anchors,
     postprocess,
+    rescale_objectness,
 )
 
 NUM_CLASSES = 3
@@ -230,3 +231,15 @@ def test_merging_nothing_gives_nothing():
     settings = {"score_threshold": 0.5, "iou_threshold": 0.45, "max_detections": 10}
     for found in postprocess(outputs, make_anchors(COCO_ANCHORS, 64), **settings, nms="merge"):
         assert found["boxes"].shape == (0, 4)
+
+
+def test_rescaling_changes_the_objectness_of_each_scale_and_nothing_else():
+    model = YoloV3(2, width=0.0625).eval().to(memory_format=torch.channels_last)
+    images = torch.rand(1, 3, 64, 64)
+    factors = torch.tensor([[2.0, -1.0], [0.5, 0.25], [1.0, 3.0]])
+    before = [output.detach().clone() for output in model(images)]
+    rescale_objectness(model, factors)
+    for output, old, (a, b) in zip(model(images), before, factors.tolist(), strict=True):
+        torch.testing.assert_close(output[..., 4], a * old[..., 4] + b)
+        others = [0, 1, 2, 3, 5, 6]
+        assert torch.equal(output[..., others], old[..., others])

@@ -18,7 +18,7 @@ from yolo.errors import UsageError, UserError
 from yolo.metrics.average_precision import load_objects
 from yolo.metrics.matching import Detections
 from yolo.models.yolov3 import YoloV3, make_anchors
-from yolo.runs.checkpoint import save_weights
+from yolo.runs.checkpoint import load_weights, save_weights
 from yolo.viz.draw import class_color, draw_boxes
 from yolo.viz.error_grids import error_grids
 from yolo.viz.figures import plot_curves
@@ -164,6 +164,8 @@ def test_a_picture_that_cannot_be_read_costs_a_line_and_not_the_others(
         (["--checkpoint", "a", "--detections", "b"], "give --checkpoint FILE, or --detections DIR"),
         (["--detections", "a", "--images", "b"], "scored as it is"),
         (["--checkpoint", "a", "--mosaic", "--write-detections", "b"], "needs whole images"),
+        (["--checkpoint", "a", "--calibrate"], "needs --split"),
+        (["--checkpoint", "a", "--calibrate", "--split", "x", "--images", "b"], "goes without"),
     ],
 )
 def test_flags_that_contradict_each_other_are_refused(words: list[str], message: str) -> None:
@@ -217,3 +219,41 @@ def test_curves_are_drawn_from_any_lines(tmp_path: Path) -> None:
     for name, lines in {"both": [*train, *tests], "train": train, "nothing": []}.items():
         plot_curves(lines, tmp_path / f"{name}.png")
         assert read_rgb(tmp_path / f"{name}.png").shape[2] == 3
+
+
+def test_calibrating_writes_a_new_weight_file_that_is_used_like_any_other(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    trained = tmp_path / "weights.safetensors"
+    trained.write_bytes(weights.read_bytes())
+    words = ["--checkpoint", str(trained), "--split", "test", *CPU, "--out-dir"]
+    assert evaluate.main([*words, str(tmp_path / "fit"), "--calibrate"]) == 0
+    calibrated = tmp_path / "weights-calibrated.safetensors"
+    assert trained.read_bytes() == weights.read_bytes()
+    results = results_in(tmp_path / "fit")
+    before, after = results["calibrated"]["expected_error_before"], results["calibration"]["expected_error"]
+    assert after < before / 2
+    assert f"{before:.4f}" in capsys.readouterr().out
+    stored = load_weights(calibrated)
+    assert stored.calibration["expected_error_after"] == after
+    assert stored.calibration["images"] == results["image_count"]
+    assert np.shape(stored.calibration["factors"]) == (3, 2)
+    words[1] = str(calibrated)
+    assert evaluate.main([*words, str(tmp_path / "again")]) == 0
+    again = results_in(tmp_path / "again")
+    assert again["calibration"]["expected_error"] == pytest.approx(after, abs=1e-3)
+    chosen = again["at_chosen_threshold"]
+    assert chosen["threshold"] == stored.calibration["object_threshold"]
+    with pytest.raises(UserError, match="calibrated already"):
+        evaluate.main([*words, str(tmp_path / "third"), "--calibrate"])
+    words[1] = str(trained)
+    with pytest.raises(UserError, match="is there already"):
+        evaluate.main([*words, str(tmp_path / "third"), "--calibrate"])
+
+
+def test_flip_averages_a_picture_and_its_mirror_image_and_says_so(weights: Path, tmp_path: Path) -> None:
+    words = ["--checkpoint", str(weights), "--out-dir", str(tmp_path), *CPU, "--tta", "flip"]
+    assert evaluate.main(words) == 0
+    results = results_in(tmp_path)
+    assert results["tta"] == "flip"
+    assert results["map_50"] is not None

@@ -1,8 +1,11 @@
-"""Whether a confidence of 80 % is right 80 times in 100 (Guo et al. 2017)."""
+"""Whether a confidence of 80 % is right 80 times in 100, and what makes it so (Guo et al. 2017)."""
 
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
 
 CALIBRATION_BINS = 15  # equal in width, as in section 2 of the paper
 
@@ -27,3 +30,36 @@ def calibration(confidence: np.ndarray, correct: np.ndarray) -> dict[str, Any]:
             for c, a, n in zip(mean_confidence, accuracy, count[occupied], strict=True)
         ],
     }
+
+
+def fit_objectness(
+    logits: Tensor, class_probs: Tensor, scales: Tensor, right: Tensor, num_scales: int = 3
+) -> Tensor:
+    """Return the a and b [S, 2] per scale that make sigmoid(a * logit + b) * class_prob most likely.
+
+    It is Platt's scaling of the objectness alone, by maximum likelihood: which class it is was learned
+    by comparison, but how often anything is there at all is not the same on all scales.
+
+    Args:
+        logits: [N] objectness of detections, before the sigmoid.
+        class_probs: [N] probability of each one's class.
+        scales: [N] int64 the scale that it comes from; one without detections keeps a = 1, b = 0.
+        right: [N] bool, whether it found an object.
+        num_scales: S.
+    """
+    logits, class_probs = logits.double(), class_probs.double().clamp(1e-9, 1)
+    factors = torch.tensor([[1.0, 0.0]] * num_scales, dtype=torch.double, requires_grad=True)
+    optimizer = torch.optim.LBFGS([factors], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        objectness = functional.logsigmoid(logits * factors[scales, 0] + factors[scales, 1])
+        log_score = objectness + class_probs.log()
+        log_rest = torch.log1p(-log_score.exp().clamp(max=1 - 1e-9))
+        negative = -torch.where(right, log_score, log_rest).mean()
+        negative.backward()
+        return negative
+
+    if len(logits):
+        optimizer.step(loss)
+    return factors.detach().float()

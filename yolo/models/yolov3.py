@@ -113,6 +113,22 @@ def _neck(in_channels: int, narrow: int, wide: int) -> nn.Sequential:
     )
 
 
+@torch.no_grad()
+def rescale_objectness(model: YoloV3, factors: Tensor) -> None:
+    """Let the heads give a * objectness + b where they gave objectness: a calibration of the scores.
+
+    Args:
+        model: changed in place.
+        factors: [3, 2] a and b of each scale, coarse to fine.
+    """
+    for head, (a, b) in zip(model.heads, factors.tolist(), strict=True):
+        last = cast(nn.Conv2d, cast(nn.Sequential, head)[-1])
+        assert last.bias is not None
+        last.weight.view(ANCHORS_PER_SCALE, 5 + model.num_classes, -1)[:, 4] *= a
+        objectness = last.bias.view(ANCHORS_PER_SCALE, -1)[:, 4]
+        objectness.mul_(a).add_(b)
+
+
 def make_anchors(sizes: Sequence[float], test_size: int) -> Tensor:
     """Scale nine (w, h) given in pixels of a 416 input, small to large, to `test_size`.
 

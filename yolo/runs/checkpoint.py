@@ -42,6 +42,7 @@ class LoadedWeights:
     results: dict[str, Any]
     digest: str
     path: Path
+    calibration: dict[str, Any] | None = None  # how the scores were calibrated, if they were
 
     @property
     def task(self) -> str:
@@ -164,8 +165,9 @@ def save_weights(
     class_names: tuple[str, ...],
     anchors: Tensor | None,
     results: Mapping[str, Any],
+    calibration: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write half-precision `.safetensors` with config, classes, anchors and results as metadata."""
+    """Write half-precision `.safetensors` with all else as metadata."""
     tensors = {name: _half(value).contiguous() for name, value in model.state_dict().items()}
     metadata = {
         "format_version": str(FORMAT_VERSION),
@@ -173,6 +175,7 @@ def save_weights(
         "classes": json.dumps(class_names),
         "anchors": json.dumps(None if anchors is None else anchors.tolist()),
         "results": json.dumps(results),
+        "calibration": json.dumps(calibration),
     }
     with replacing(path) as temporary:
         temporary.write_bytes(save(tensors, metadata))  # `save_file` would let nobody else read it
@@ -188,7 +191,15 @@ def publish_weights(path: Path, loaded: LoadedWeights) -> None:
         backbone_weights=Path(weights).name if weights else "none",
         download=False,
     )
-    save_weights(path, loaded.model, config, loaded.class_names, loaded.anchors, public_results(loaded))
+    save_weights(
+        path,
+        loaded.model,
+        config,
+        loaded.class_names,
+        loaded.anchors,
+        public_results(loaded),
+        loaded.calibration,
+    )
 
 
 def public_results(loaded: LoadedWeights) -> dict[str, Any]:
@@ -231,6 +242,7 @@ def load_weights(path: Path) -> LoadedWeights:
         results=content.get("results") or _results_of_run(path, content),
         digest=content_digest({"weights": content["ema"]})[:16],
         path=path,
+        calibration=content.get("calibration"),
     )
 
 
@@ -255,6 +267,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     return {
         "ema": tensors,
         **{key: json.loads(metadata[key]) for key in ("config", "classes", "anchors", "results")},
+        "calibration": json.loads(metadata.get("calibration", "null")),
     }
 
 

@@ -40,6 +40,15 @@ def table(results: dict[str, Any], rows: list[tuple[str, Any]]) -> str:
     if (silent := results.get("at_no_object_98", {})).get("object_accuracy") is not None:
         at = f"objectness > {silent['threshold']:g}, no-object {silent['no_object_accuracy']:.4f}"
         rows = [("object accuracy where no-object is 98 %", f"{silent['object_accuracy']:.4f} ({at})"), *rows]
+    chosen = results.get("at_chosen_threshold")
+    if chosen and chosen["object_accuracy"] is not None and chosen["no_object_accuracy"] is not None:
+        accuracies = f"{chosen['no_object_accuracy']:.4f} / {chosen['object_accuracy']:.4f}"
+        at = f"objectness > {chosen['threshold']:g}, chosen on other pictures"
+        rows = [("no-object / object accuracy", f"{accuracies} ({at})"), *rows]
+    if (before := (results.get("calibrated") or {}).get("expected_error_before")) is not None:
+        rows = [("calibration error before", f"{before:.4f}"), *rows]
+    if results.get("tta", "none") != "none":
+        rows = [("test-time augmentation", results["tta"]), *rows]
     if undefined := results.get("classes_without_objects"):
         rows = [("without objects (AP undefined)", ", ".join(undefined)), *rows]
     blocks = ["\n".join(summary_lines(results, rows))]
