@@ -182,3 +182,11 @@ def test_the_digest_depends_on_every_field() -> None:
 def test_the_picture_is_a_png(tmp_path: Path) -> None:
     plot_schedule(planned(), tmp_path / "schedule.png")
     assert (tmp_path / "schedule.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_part_of_an_epoch_counts_and_the_text_keeps_it(tmp_path: Path) -> None:
+    schedule = planned(25, epochs=2.5)
+    assert len(schedule) == 62
+    write_schedule(schedule, tmp_path / "schedule.txt")
+    assert read_schedule(tmp_path / "schedule.txt") == schedule
+    assert len(planned(25, epochs=0.001)) == 1

@@ -105,6 +105,8 @@ class AugmentConfig:
     """Share of training samples composed of four images."""
     mosaic_off_epochs: NotNegative[int] = 0
     """Train the last N epochs without mosaic."""
+    mosaic_off_share: Probability = 0.0
+    """Train this last share of the run without mosaic; of the two, the longer one holds."""
     min_visible: Probability = 0.3
     """A box of which a mosaic tile or the border leaves less than this share is dropped."""
     aug_flip: Probability = 0.5
@@ -214,7 +216,10 @@ class LossConfig:
 class ScheduleConfig:
     """Optimiser and the one-cycle."""
 
-    epochs: Positive[int] = 40
+    epochs: Positive[int | float] = 40
+    """Passes over the training images; a part of one counts, as in 2.5."""
+    train_time: Annotated[str | None, tyro.conf.arg(metavar="30m")] = None
+    """Measure the speed first, then plan as many epochs as end, tests included, after this long."""
     max_steps: Positive[int | None] = None
     """End after this many optimizer steps; the schedule stays as planned."""
     batch_size: Positive[int | Literal["auto"]] = 16

@@ -6,11 +6,12 @@ A cycle belongs to one global batch and one data set: `schedule.txt` names both,
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,7 +35,7 @@ class Schedule:
     dataset_size: int
     dataset_digest: str
     steps_per_epoch: int
-    epochs: int
+    epochs: int | float
     max_lr: float
     pct_start: float
     div_factor: float
@@ -60,6 +61,12 @@ class Schedule:
 
 
 _HEADER = [field for field in dataclasses.fields(Schedule) if field.name not in ("lr", "beta1")]
+_READ: dict[Any, Callable[[str], Any]] = {
+    str: str,
+    int: int,
+    float: float,
+    int | float: lambda text: float(text) if "." in text else int(text),
+}
 # What the cycle depends on. Ranks and accumulation are not among them: they only split the same batch.
 _MUST_AGREE = (
     "optimizer",
@@ -88,7 +95,7 @@ def plan_schedule(
     steps_per_epoch: int,
     optimizer: str = "adam",
 ) -> Schedule:
-    """Plan the whole cycle: `cfg.epochs * steps_per_epoch` rows.
+    """Plan the whole cycle: `cfg.epochs * steps_per_epoch` rows, rounded.
 
     `cfg.batch_size` and `cfg.max_lr` must be numbers by now: `auto` is resolved before.
     """
@@ -117,7 +124,7 @@ def replan(old: Schedule, new: Schedule, step: int) -> Schedule:
     Steps keep counting from `step`, so that no checkpoint or metrics line is named twice.
     """
     done = step - old.replanned_step + old.replanned_position
-    position = min(round(done * new.steps_per_epoch / old.steps_per_epoch), new.epochs * new.steps_per_epoch)
+    position = min(round(done * new.steps_per_epoch / old.steps_per_epoch), len(new.lr))
     return dataclasses.replace(
         new,
         replanned_step=step,
@@ -202,7 +209,7 @@ def plot_schedule(schedule: Schedule, path: Path) -> None:
 
 
 def _with_cycle(header: Schedule) -> Schedule:
-    total = header.epochs * header.steps_per_epoch
+    total = max(1, round(header.epochs * header.steps_per_epoch))
     # torch divides by the length of the warm-up less one step: zero when the warm-up is exactly one step.
     pct_start = header.pct_start * (1 - 1e-9) if header.pct_start * total == 1 else header.pct_start
     optimizer = torch.optim.Adam([torch.zeros(1)], lr=header.max_lr)
@@ -256,7 +263,7 @@ def _parse(lines: list[str], path: Path) -> tuple[Schedule, str]:
                 "copy), or delete it to have it planned again"
             ) from None
     try:
-        values = {field.name: field.type(header[field.name]) for field in _HEADER}  # type: ignore[operator]
+        values = {field.name: _READ[field.type](header[field.name]) for field in _HEADER}
         return Schedule(**values, lr=tuple(lr), beta1=tuple(beta1)), header["digest"]
     except (KeyError, ValueError) as error:
         raise UserError(f"{path}: is no schedule of this program (header: {error})") from None

@@ -102,3 +102,26 @@ def test_the_proposal_is_a_tenth_of_the_rate_with_the_lowest_smoothed_loss() -> 
     assert smoothed.index(min(smoothed)) == 24
     assert curve.proposal == pytest.approx(rates[24] / 10, rel=0.05)
     assert tuning.smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])  # no bias towards zero
+
+
+def test_train_time_plans_the_epochs_that_fit_with_their_tests(
+    fabric: Any, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "_seconds_of_a_step", lambda *_: 10.0)
+    monkeypatch.setattr(tuning, "_seconds_of_a_test", lambda *_: 40.0)
+    changed = {"batch_size": 4, "max_lr": 1e-3, "train_time": "1000s", "eval_every": 2}
+    task = task.with_config(Config.from_dict({**task.config.to_dict(), **changed}))
+    # 24 images are 6 steps: 60 s, and half a test; the last test is always made
+    assert tuning.epochs_in_time(fabric, None, task) == pytest.approx((1000 - 40) / 80, abs=0.3)
+
+
+def test_train_time_measures_without_touching_the_run(fabric: Any, task: Task) -> None:
+    changed = {"batch_size": 4, "max_lr": 1e-3, "train_time": "10m", "mosaic_off_share": 0.5}
+    task = task.with_config(Config.from_dict({**task.config.to_dict(), **changed}))
+    before = {name: value.clone() for name, value in task.model.state_dict().items()}
+    settled = tuning.settle(fabric, None, task, Path("unused"), {})
+    assert settled.config.epochs > task.config.epochs  # these steps take milliseconds
+    assert settled.train_samples.mosaic_epochs == pytest.approx(settled.config.epochs / 2)
+    assert all(torch.equal(value, before[name]) for name, value in settled.model.state_dict().items())
+    resumed = tuning.settle(fabric, None, task, Path("unused"), {"epochs": 7})
+    assert resumed.config.epochs == 7

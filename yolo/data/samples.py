@@ -43,14 +43,15 @@ class TrainSamples(Dataset[TrainSample]):
 
     Args:
         dataset: The training images.
-        cfg: `mosaic_prob`, `mosaic_off_epochs`, `epochs`, `skip_bad`.
+        cfg: `mosaic_prob`, `mosaic_off_epochs`, `mosaic_off_share`, `epochs`, `skip_bad`.
         seed: Seed of the run.
     """
 
     def __init__(self, dataset: DetectionDataset, cfg: Config, seed: int) -> None:
         self.dataset = dataset
         self.mosaic_prob = cfg.mosaic_prob
-        self.mosaic_epochs = cfg.epochs - cfg.mosaic_off_epochs if cfg.mosaic_off_epochs else math.inf
+        plain_epochs = max(cfg.mosaic_off_epochs, cfg.mosaic_off_share * cfg.epochs)
+        self.mosaic_epochs = cfg.epochs - plain_epochs if plain_epochs else math.inf
         self.skip_bad = cfg.skip_bad
         self.seed = seed
         self._reported: set[str] = set()

@@ -22,7 +22,7 @@ class Meter:
 
     def __init__(self, fabric: Fabric, cfg: Config, state: State, run: Run) -> None:
         self.fabric, self.cfg, self.state, self.run = fabric, cfg, state, run
-        title = f"epoch {state.epoch + 1}/{cfg.epochs}"
+        title = f"epoch {state.epoch + 1}/{cfg.epochs:g}"
         self.progress = Progress(run.schedule.steps_per_epoch, title, fabric.is_global_zero)
         self.progress.update(state.batch)
         self._restart()

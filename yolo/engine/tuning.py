@@ -7,19 +7,22 @@ and look where the loss is lowest before it diverges. Both work on a copy: the r
 import copy
 import dataclasses
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from yolo.config import Config
+from yolo.config import Config, parse_seconds
 from yolo.data.samplers import MultiSizeBatchSampler
 from yolo.engine.fabric import Fabric, gather, sum_over_ranks
 from yolo.engine.loaders import make_sampler, make_train_loader
-from yolo.engine.loop import optimizer_steps, train_step
-from yolo.engine.state import make_optimizer, make_state
+from yolo.engine.loop import optimizer_steps, predict, train_step
+from yolo.engine.state import State, make_optimizer, make_state
 from yolo.errors import UserError
 from yolo.files import replacing
 from yolo.runs.logbook import Progress
@@ -29,6 +32,8 @@ GPU_BATCH, CPU_BATCH = 256, 16  # largest micro-batches that are tried
 RANGE_STEPS = 100
 LOWEST_LR, HIGHEST_LR = 1e-7, 1.0
 BETA1 = 0.9
+MEASURED_STEPS = 8  # for --train-time, at least
+MEASURING_SHARE = 0.02  # of the train time
 SMOOTHING = 0.9  # weight of the past in the smoothed loss
 DIVERGED = 4.0  # times the lowest smoothed loss
 
@@ -46,12 +51,16 @@ def settle(
         batch_size = earlier.get("batch_size") or find_batch_size(fabric, cfg, task)
         fabric.print(f"--batch-size auto: {batch_size}")
         cfg = dataclasses.replace(cfg, batch_size=batch_size)
-    task = dataclasses.replace(task, config=cfg)
+    task = task.with_config(cfg)
     if cfg.max_lr == "auto":
         max_lr = earlier.get("max_lr") or find_max_lr(fabric, scaler, task, folder)
         fabric.print(f"--max-lr auto: {max_lr}")
         cfg = dataclasses.replace(cfg, max_lr=max_lr)
-    return dataclasses.replace(task, config=cfg)
+    if cfg.train_time:
+        epochs = earlier.get("epochs") or epochs_in_time(fabric, scaler, task.with_config(cfg))
+        fabric.print(f"--train-time {cfg.train_time}: the same as --epochs {epochs:g}")
+        cfg = dataclasses.replace(cfg, epochs=epochs)
+    return task.with_config(cfg)
 
 
 @dataclass(frozen=True)
@@ -119,6 +128,66 @@ def smooth(losses: list[float]) -> list[float]:
         average = SMOOTHING * average + (1 - SMOOTHING) * loss
         smoothed.append(average / (1 - SMOOTHING**count))
     return smoothed
+
+
+def epochs_in_time(fabric: Fabric, scaler: torch.amp.GradScaler | None, task: Task) -> float:
+    """Return how many epochs, their tests included, `--train-time` has room for; at least one step.
+
+    A copy of the model trains for a while; rank 0's clock counts for all.
+    """
+    cfg = task.config
+    seconds = parse_seconds("--train-time", cfg.train_time or "")
+    start = time.perf_counter()
+    trial = dataclasses.replace(task, model=copy.deepcopy(task.model))
+    scaler_before = copy.deepcopy(scaler.state_dict()) if scaler else None
+    state = make_state(fabric, scaler, cfg, trial)
+    step_seconds = _seconds_of_a_step(fabric, state, trial, MEASURING_SHARE * seconds)
+    test_seconds = _seconds_of_a_test(fabric, state.ema.module, trial)
+    if scaler and scaler_before:
+        scaler.load_state_dict(scaler_before)
+    steps_per_epoch = len(make_sampler(fabric, cfg, len(task.train_set)))
+    epoch_seconds = steps_per_epoch * step_seconds + test_seconds / cfg.eval_every
+    fabric.print(
+        f"speed        {int(cfg.batch_size) / step_seconds:.1f} images/s, {epoch_seconds:.0f} s an epoch, "
+        f"{test_seconds:.0f} s of them a test"
+    )
+    left = seconds - (time.perf_counter() - start) - test_seconds  # the last test is always made
+    return fabric.broadcast(max(1 / steps_per_epoch, math.floor(100 * left / epoch_seconds) / 100))
+
+
+def _seconds_of_a_step(fabric: Fabric, state: State, task: Task, at_most: float) -> float:
+    """Train for `at_most` seconds or MEASURED_STEPS steps, the later, but 10 s do; return a mean step's time.
+
+    Steps differ with their image size: a mean step has the mean area of `--img-sizes`.
+    """
+    cfg = task.config
+    loader = make_train_loader(fabric, cfg, task, make_sampler(fabric, cfg, len(task.train_set)))
+    steps = optimizer_steps(loader, cfg.grad_accum_steps)
+    lr = float(cfg.max_lr) / cfg.div_factor
+    for micro_batches in islice(steps, 3 + 2 * loader.num_workers):  # slow first calls, and full queues
+        train_step(fabric, state, task, micro_batches, lr=lr, beta1=BETA1)
+    start, areas = time.perf_counter(), 0
+    for count, micro_batches in enumerate(steps, start=1):
+        train_step(fabric, state, task, micro_batches, lr=lr, beta1=BETA1)
+        areas += micro_batches[0][0].shape[-1] ** 2
+        elapsed = time.perf_counter() - start
+        if fabric.broadcast(count >= MEASURED_STEPS and elapsed >= min(10.0, at_most)):
+            break
+    if fabric.device.type == "cuda":
+        torch.cuda.synchronize(fabric.device)
+    mean_area = sum(size**2 for size in cfg.img_sizes) / len(cfg.img_sizes)
+    return (time.perf_counter() - start) * mean_area / areas
+
+
+def _seconds_of_a_test(fabric: Fabric, model: nn.Module, task: Task) -> float:
+    """Estimate the time of a whole test from its first images, which are decoded here, one after another."""
+    split = task.eval_split
+    predict(fabric, model, split.first_batch()[0])  # the first call of a device is slow
+    start = time.perf_counter()
+    images, targets = split.first_batch()
+    split.metrics(full=True).update(predict(fabric, model, images), targets)
+    share = len(images) * fabric.world_size / len(split.dataset)
+    return (time.perf_counter() - start) / share
 
 
 def find_batch_size(fabric: Fabric, cfg: Config, task: Task, largest: int | None = None) -> int:

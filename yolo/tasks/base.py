@@ -5,8 +5,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -75,6 +75,10 @@ class Task(ABC):
     train_collate: Callable[[Any], Any]  # to images uint8 [B, 3, S, S] and targets with a `to(device)`
     eval_split: EvalSplit
     anchors: Tensor | None = None  # [3, A, 2] pixels; None for classification
+
+    def with_config(self, config: Config) -> Self:
+        """Return the task with settings that were found after it was built (batch size, rate, epochs)."""
+        return replace(self, config=config)
 
     @staticmethod
     @abstractmethod

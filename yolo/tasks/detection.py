@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -126,6 +126,10 @@ class DetectionTask(Task):
         """Open `config.split` for testing a trained model, with its classes and anchors."""
         assert anchors is not None
         return DetectionSplit.of(config, open_test_set(config, class_names), anchors)
+
+    def with_config(self, config: Config) -> Self:
+        """Return the task with settings found after it was built; the end of mosaic follows the epochs."""
+        return replace(self, config=config, train_samples=TrainSamples(self.train_set, config, config.seed))
 
     @staticmethod
     def count(targets: AssignedTargets) -> Tensor:
