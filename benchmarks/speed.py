@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,7 +35,8 @@ from yolo.metrics.average_precision import average_precision
 from yolo.models.yolov3 import YoloV3, make_anchors, postprocess
 from yolo.runs.checkpoint import LoadedWeights
 from yolo.runs.provenance import hardware
-from yolo.tasks.base import Task
+from yolo.tasks.assigned import AssignedTargets
+from yolo.tasks.detection import DetectionTask
 
 NUM_CLASSES = 20
 BOXES_PER_IMAGE = 8
@@ -165,34 +166,40 @@ def make_batch(batch: int, size: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
     """Return random images and boxes."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, generator=generator)
+    return images.permute(0, 3, 1, 2), make_targets(batch, size, generator)
+
+
+def make_targets(batch: int, size: int, generator: torch.Generator) -> list[dict[str, Tensor]]:
+    """Return as many random boxes an image as a mosaic has."""
     targets = []
     for _ in range(batch):
         corners = torch.rand(BOXES_PER_IMAGE, 2, generator=generator) * 0.6 * size
         sides = (0.05 + 0.35 * torch.rand(BOXES_PER_IMAGE, 2, generator=generator)) * size
         labels = torch.randint(0, NUM_CLASSES, (BOXES_PER_IMAGE,), generator=generator)
         targets.append({"boxes": torch.cat([corners, corners + sides], 1), "labels": labels})
-    return images.permute(0, 3, 1, 2), targets
+    return targets
 
 
-def make_task(width: float, size: int) -> Task:
-    """Return what a training step needs, without any data set."""
-    config = Config(width=width, img_sizes=(size,), batch_size=1)
-    model, anchors = make_detector(width, size)
-    criterion = YoloLoss(anchors, config.loss_settings)
-    nothing: Any = None
-    return Task(
+def assigned_batch(batch: int, size: int) -> tuple[Tensor, AssignedTargets]:
+    """Return a batch as it comes from the loader of a training."""
+    images, targets = make_batch(batch, size)
+    return images, AssignedTargets.pack(assign_targets(targets, make_anchors(COCO_ANCHORS, size), size))
+
+
+def make_task(config: Config, model: nn.Module | None = None) -> DetectionTask:
+    """Return what a training step needs but data; without a `model`, for `make_detector`'s."""
+    size = config.img_sizes[0]
+    anchors, nothing = make_anchors(COCO_ANCHORS, size), cast(Any, None)
+    return DetectionTask(
         config=config,
         class_names=tuple(map(str, range(NUM_CLASSES))),
-        anchors=anchors,
-        model=model,
-        criterion=criterion,
-        assign=lambda targets, size: assign_targets(targets, criterion.anchors, size),
-        count=count_targets,
-        score=nothing,
+        model=model or make_detector(config.width, size)[0],
+        criterion=YoloLoss(anchors, config.loss_settings),
         train_set=nothing,
         train_samples=nothing,
         train_collate=nothing,
-        test=nothing,
+        eval_split=nothing,
+        anchors=anchors,
     )
 
 
@@ -215,25 +222,26 @@ def training_rows(
 def _training_step(width: float, size: int, batch: int, precision: str, compiled: bool) -> Callable[[], None]:
     with contextlib.redirect_stderr(None):
         fabric, scaler = make_fabric(HardwareConfig(accelerator="cpu", precision=precision))  # type: ignore[arg-type]
-    task = make_task(width, size)
+    task = make_task(Config(width=width, img_sizes=(size,)))
     state = make_state(fabric, scaler, task.config, task)
     if compiled:
         state.model = torch.compile(state.model, dynamic=False)
-    micro_batches = [make_batch(batch, size)]
+    micro_batches = [assigned_batch(batch, size)]
     return lambda: loop.train_step(fabric, state, task, micro_batches, lr=1e-5, beta1=0.9)
 
 
 def loss_row(width: float, size: int, batch: int, step_seconds: float) -> Row:
     """Measure target assignment, loss and its gradient with respect to the outputs."""
-    task = make_task(0.125, size)
+    task = make_task(Config(width=0.125, img_sizes=(size,)))
     images, targets = make_batch(batch, size)
+    anchors = make_anchors(COCO_ANCHORS, size)
     with torch.no_grad():
         outputs = [output.to(FASTEST) for output in task.model(images)]
 
     def once() -> None:
         leaves = [output.detach().requires_grad_() for output in outputs]
-        assigned = task.assign(targets, size)
-        losses = task.criterion(leaves, assigned, task.count(assigned))
+        assigned = assign_targets(targets, anchors, size)
+        losses = task.criterion(leaves, assigned, count_targets(assigned))
         sum(losses.values()).backward()
 
     seconds = seconds_of(once, repeats=9)

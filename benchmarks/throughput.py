@@ -5,13 +5,15 @@ python benchmarks/throughput.py training --width 0.25 --compile         # one pa
 python benchmarks/throughput.py loader                      # on the digits
 python benchmarks/throughput.py gradcam                     # ten boxes of an image explained
 python benchmarks/throughput.py map                         # detections scored
+python benchmarks/throughput.py host                        # what a step costs besides the network
+python benchmarks/throughput.py gpu --out card.json         # what the card at hand can do, in two minutes
 python benchmarks/throughput.py loader --data-root BCCD --config configs/voc.yaml --train-split trainval
 """
 
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -72,10 +74,8 @@ def _train_batches(dataset: object, args: Config, workers: int) -> Iterator[int]
         persistent_workers=workers > 0,
         worker_init_fn=init_worker,
     )
-    for epoch in range(10**6):
-        sampler.set_position(epoch, 0)
-        for images, _ in loader:
-            yield len(images)
+    for images, _ in loader:
+        yield len(images)
 
 
 def _images_per_second(batches: Iterator[int], seconds: float, warm_up: int = 10) -> float:
@@ -179,11 +179,76 @@ def bench_map(words: Sequence[str]) -> None:
         print(line, flush=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class HostArgs:
+    """What a step of no work is made with."""
+
+    size: int = 416
+    """Side of the images in pixels."""
+    batch: int = 64
+    """Images of a training step."""
+    workers: int = 2
+    """Processes that load them."""
+    steps: int = 60
+    """Timed steps."""
+
+
+def bench_host(words: Sequence[str]) -> None:
+    """Print what a training step costs the main process apart from network and loss."""
+    args = cli.parse(HostArgs, words, "CPU milliseconds of the main process per training step.")
+    import host
+
+    for line in host.lines(args.size, args.batch, args.workers, args.steps):
+        print(line, flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuArgs:
+    """What is measured on the card at hand."""
+
+    data_root: str | None = None
+    """A VOCdevkit for the real run. Default: made-up photographs."""
+    train_split: str = "2007:trainval"
+    """What the real run trains on."""
+    split: str = "2007:test"
+    """What it would be tested on."""
+    workers: str = "auto"
+    """Loader processes of the real run."""
+    seconds: float = 110.0
+    """No row goes on beyond this time."""
+    rows: str = "all"
+    """Some of them, as in `peak,step,run`: peak, step, run, lite2, inference, kernels, torchrun."""
+    out: str | None = None
+    """Write the rows to this JSON file as well."""
+    tiny: bool = False
+    """Measure next to nothing: to try this on a CPU."""
+
+
+def bench_gpu(words: Sequence[str]) -> None:
+    """Print what training and prediction reach on this card, in two minutes."""
+    args = cli.parse(GpuArgs, words, "Training and prediction on the card at hand, in two minutes.")
+    import gpu
+
+    settings = replace(
+        gpu.Settings.tiny() if args.tiny else gpu.Settings(),
+        train_split=args.train_split,
+        split=args.split,
+        workers=args.workers,
+        data_root=Path(args.data_root) if args.data_root else None,
+    )
+    names = () if args.rows == "all" else tuple(args.rows.split(","))
+    table = gpu.Table(settings, args.seconds, Path(args.out) if args.out else None)
+    for line in table.measure(names):
+        print(line, flush=True)
+
+
 NETWORK_PARTS = ("all", "training", "inference", "answers", "start")
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "loader": bench_loader,
     "gradcam": bench_gradcam,
     "map": bench_map,
+    "host": bench_host,
+    "gpu": bench_gpu,
     **{part: partial(bench_network, part) for part in NETWORK_PARTS},
 }
 

@@ -267,7 +267,8 @@ class HardwareConfig:
     precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed"] = "auto"
     """`auto`: 16-mixed on CUDA, bf16-mixed on CPUs with native support, else 32-true."""
     workers: NotNegative[int | Literal["auto"]] = "auto"
-    """Loader processes per rank. `auto`: CPUs of this process / local ranks, at least 1."""
+    """Loader processes per rank. `auto`: CPUs of this process / local ranks, less one where a GPU is
+    used, at least 1."""
     compile: bool = False
     """torch.compile the model: slower start, faster steps."""
     sync_batchnorm: bool = False

@@ -67,11 +67,13 @@ def make_eval_loader(fabric: Fabric, cfg: Config, split: EvalSplit) -> DataLoade
 
 def _worker_settings(fabric: Fabric, cfg: Config, start_method: str | None = None) -> dict[str, Any]:
     local_ranks = fabric.world_size // world(cfg)[1]
-    workers = max(1, available_cpus() // local_ranks) if cfg.workers == "auto" else cfg.workers
+    on_gpu = fabric.device.type == "cuda"
+    spare = available_cpus() // local_ranks - on_gpu  # launching kernels keeps the main process busy
+    workers = max(1, spare) if cfg.workers == "auto" else cfg.workers
     return {
         "num_workers": workers,
         "worker_init_fn": init_worker,
-        "pin_memory": fabric.device.type == "cuda",
+        "pin_memory": on_gpu,
         "persistent_workers": workers > 0,  # a test every few seconds should not start them anew
         "multiprocessing_context": start_method if workers else None,
         "generator": torch.Generator(),  # else each start of an iterator takes a number from the run's own
