@@ -147,8 +147,8 @@ class Table:
                 traceback.print_exc()
             return Row(name, setting, error=f"{type(error).__name__}: {error}".splitlines()[0][:200])
         finally:
-            gc.collect()
             if self.on_gpu:
+                gc.collect()
                 with suppress(RuntimeError):
                     torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats()

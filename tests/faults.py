@@ -15,6 +15,7 @@ import torch
 from yolo import files
 from yolo.engine import loop, tuning
 from yolo.runs import checkpoint, run
+from yolo.tasks.detection import DetectionTask
 
 
 def impatient() -> None:
@@ -128,3 +129,9 @@ def limit_file_size(num_bytes: int) -> None:
 def shorten_range_test(steps: int) -> None:
     """Let `--find-lr` take fewer steps."""
     tuning.RANGE_STEPS = steps
+
+
+def best_in_the_second_test() -> None:
+    """Let each test score worse than the one before it, except the second."""
+    scores = iter([0.5, 0.9, 0.4, 0.3])
+    DetectionTask.score = staticmethod(lambda results: next(scores))  # type: ignore[assignment]

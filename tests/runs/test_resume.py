@@ -160,6 +160,19 @@ def test_a_second_signal_exits_at_once(trainer: Trainer) -> None:
     assert trainer.steps == [3]
 
 
+def test_an_epoch_is_saved_only_if_that_is_due_or_its_test_was_the_best(trainer: Trainer) -> None:
+    assert trainer("--save-every", "10m", "--epochs", "4", "--eval-every", "100") == 0, trainer.output
+    assert trainer.steps == [24]
+    assert [line["step"] for line in trainer.metrics() if line["kind"] == "evaluation"] == [24]
+
+
+def test_the_best_test_so_far_is_saved_and_named(trainer: Trainer) -> None:
+    assert trainer("--save-every", "10m", "--epochs", "4", hook=faults.best_in_the_second_test) == 0
+    assert trainer.steps == [6, 12, 24]  # the first is the best so far, the second better
+    folder = trainer.run_dir / "checkpoints"
+    assert "step000012" in (folder / "best.txt").read_text()
+
+
 def test_max_time_saves_and_exits_0(trainer: Trainer) -> None:
     assert trainer("--max-time", "1s", hook=partial(faults.slow_steps, 0.3)) == 0
     assert "stopped by --max-time" in trainer.output

@@ -116,7 +116,7 @@ class MosaicCollate:
     def __call__(self, samples: Sequence[TrainSample]) -> tuple[Tensor, list[Target]]:
         """Return images uint8 [B, 3, S, S] and their targets, boxes in pixels of the network input."""
         canvases = [self.compose(sample) for sample in samples]
-        return _stack([canvas.image for canvas in canvases]), [_target(canvas) for canvas in canvases]
+        return _stack([canvas.image for canvas in canvases]), Targets(_target(canvas) for canvas in canvases)
 
     def compose(self, sample: TrainSample) -> Canvas:
         """Return one finished sample."""
@@ -159,7 +159,23 @@ class EvalSamples(Dataset[tuple[np.ndarray, Target]]):
 
 def plain_collate(samples: Sequence[tuple[np.ndarray, Target]]) -> tuple[Tensor, list[Target]]:
     """Return images uint8 [B, 3, S, S] and their targets."""
-    return _stack([image for image, _ in samples]), [target for _, target in samples]
+    return _stack([image for image, _ in samples]), Targets(target for _, target in samples)
+
+
+class Targets(list[Target]):
+    """The targets of a batch. From a worker they come as arrays: each tensor would need a file descriptor."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Tell pickle how to rebuild them."""
+        arrays = [
+            {name: value.numpy() if isinstance(value, Tensor) else value for name, value in target.items()}
+            for target in self
+        ]
+        return _from_arrays, (arrays,)
+
+    def pin_memory(self) -> "Targets":
+        """Return themselves, when the loader asks: they are assigned to cells on the CPU."""
+        return self
 
 
 def init_worker(worker_id: int) -> None:
@@ -175,6 +191,16 @@ def init_worker(worker_id: int) -> None:
 
 def _stack(images: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def _from_arrays(arrays: list[Target]) -> Targets:
+    return Targets(
+        {
+            name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+            for name, value in each.items()
+        }
+        for each in arrays
+    )
 
 
 def _target(canvas: Canvas) -> Target:
