@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from yolo.config import Config
 from yolo.errors import UsageError, UserError
+from yolo.explain.cam import Cell, explain_cells, trace_detector
 from yolo.inference.fast import fuse
 from yolo.models.backbones import TimmBackbone, lite_state, make_backbone
 from yolo.models.darknet import Darknet53
@@ -272,3 +274,34 @@ def test_auto_takes_what_the_hub_has_left_in_its_cache(
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *names: cached)
     load_backbone(lite, "auto")
     assert torch.equal(lite.backbone.net.conv_stem.weight, state["conv_stem.weight"])
+
+
+def test_weights_of_a_detector_start_another_one_on_the_same_backbone_only(tmp_path: Path) -> None:
+    source, other = detector(SMALL[0]), YoloV3(5, WIDTH, f"timm/{SMALL[0]}")
+    torch.save(source.state_dict(), tmp_path / "detector.pt")
+    first, *_, last = start_weights(
+        other, Config(backbone=f"timm/{SMALL[0]}", init_weights=str(tmp_path / "detector.pt"))
+    )
+    assert "weights loaded (backbone" in first and "another number of classes" in last
+    own = other.state_dict()
+    assert all(
+        torch.equal(value, own[name])
+        for name, value in source.state_dict().items()
+        if name.startswith("backbone.")
+    )
+    darknet = YoloV3(3, WIDTH)
+    with pytest.raises(UserError, match=r"has another backbone \(backbone\.net\."):
+        start_weights(darknet, Config(init_weights=str(tmp_path / "detector.pt")))
+    (tmp_path / "darknet53.conv.74").write_bytes(bytes(20))
+    with pytest.raises(UsageError, match="Darknet's files are for --backbone darknet53"):
+        start_weights(
+            other, Config(backbone_weights="none", init_weights=str(tmp_path / "darknet53.conv.74"))
+        )
+
+
+@pytest.mark.parametrize("layer", ["auto", "stride16", "fused"])
+def test_grad_cam_explains_a_box_from_the_layers_before_its_neck(lite: YoloV3, layer: str) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (80, 120, 3), dtype=np.uint8)
+    trace = trace_detector(lite, image, 64)
+    (explained,) = explain_cells(trace, [Cell(2, 1, 3, 4)], [0], "hirescam", "class", layer)
+    assert explained.heat.shape == (80, 120) and np.isfinite(explained.heat).all()
