@@ -171,6 +171,8 @@ def measure(
     args: EvaluateArgs, loaded: "LoadedWeights", fabric: "Fabric | None" = None
 ) -> dict[str, Any] | None:
     """Run the model over the split; write, print and return all that is known about it (on rank 0)."""
+    import torch
+
     from yolo.engine import loop
     from yolo.engine.fabric import make_fabric, pick_precision
     from yolo.engine.loaders import make_eval_loader
@@ -189,6 +191,9 @@ def measure(
     split = open_split(cfg, loaded.class_names, loaded.anchors)
     if args.mosaic:
         split = MosaicSplit.like(cast(DetectionSplit, split))
+    if loaded.calibration:
+        factors = torch.tensor(loaded.calibration["factors"])
+        split = dataclasses.replace(cast(DetectionSplit, split), calibration=factors)
     loader = make_eval_loader(fabric, cfg, split)
     model = prepare(loaded.model, fabric.device, fast=args.fast, compiled=args.compile)
     if args.tta == "flip":

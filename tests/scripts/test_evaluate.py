@@ -222,7 +222,7 @@ def test_curves_are_drawn_from_any_lines(tmp_path: Path) -> None:
 
 
 def test_calibrating_writes_a_new_weight_file_that_is_used_like_any_other(
-    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    weights: Path, evaluation: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     trained = tmp_path / "weights.safetensors"
     trained.write_bytes(weights.read_bytes())
@@ -233,6 +233,8 @@ def test_calibrating_writes_a_new_weight_file_that_is_used_like_any_other(
     results = results_in(tmp_path / "fit")
     before, after = results["calibrated"]["expected_error_before"], results["calibration"]["expected_error"]
     assert after < before / 2
+    for name in ("class_accuracy", "object_accuracy", "no_object_accuracy"):
+        assert results[name] == pytest.approx(results_in(evaluation)[name])
     assert f"{before:.4f}" in capsys.readouterr().out
     stored = load_weights(calibrated)
     assert stored.calibration["expected_error_after"] == after

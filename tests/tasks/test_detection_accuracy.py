@@ -9,7 +9,7 @@ from yolo.config import COCO_ANCHORS, Config
 from yolo.losses import assign_targets
 from yolo.metrics.cell_accuracy import CellAccuracy
 from yolo.models.yolov3 import STRIDES, make_anchors
-from yolo.tasks.detection import DetectionEvaluation
+from yolo.tasks.detection import DetectionSplit
 
 SIZE = 96
 ANCHORS = make_anchors(COCO_ANCHORS, SIZE)
@@ -28,10 +28,14 @@ def _batch() -> tuple[list[torch.Tensor], list[dict]]:
     return outputs, [target]
 
 
-def _accuracies(config: Config) -> dict:
+def _accuracies(config: Config, factors: torch.Tensor | None = None) -> dict:
     outputs, targets = _batch()
-    test_set = SimpleNamespace(class_names=NAMES)
-    evaluation = DetectionEvaluation(config, ANCHORS, test_set, with_map=False)
+    if factors is not None:
+        for output, (a, b) in zip(outputs, factors, strict=True):
+            output[..., 4] = output[..., 4] * a + b
+    images = SimpleNamespace(class_names=NAMES)
+    split = DetectionSplit(config, images, None, None, "", ANCHORS, factors)
+    evaluation = split.metrics(full=False)
     evaluation.update(outputs, targets)
     return evaluation.compute()
 
@@ -56,3 +60,8 @@ def test_difficult_objects_are_no_targets_and_stand_beside_it() -> None:
 def test_the_accuracies_do_not_depend_on_how_the_run_trains() -> None:
     other = Config(assignment="paper", ignore_iou=0.9, train_difficult=False, class_loss="sigmoid")
     assert _accuracies(other) == _accuracies(Config())
+
+
+def test_the_accuracies_are_of_the_objectness_as_trained_also_when_scores_are_calibrated() -> None:
+    factors = torch.tensor([[2.0, -1.0], [2.5, -2.0], [3.0, -4.0]])
+    assert _accuracies(Config(), factors) == _accuracies(Config())

@@ -22,8 +22,8 @@ def calibrate_scores(fabric: Fabric, loaded: LoadedWeights, split: DetectionSpli
     """Return the weights with heads whose scores say how often a detection is right.
 
     Each scale's objectness becomes a * objectness + b, folded into the last convolution of its head, so
-    that whatever uses the weights uses the calibration. It is told in `calibration`: the factors [3, 2],
-    coarse to fine, and the expected error before.
+    that whatever uses the weights uses the calibration; the cell accuracies alone undo it. It is told
+    in `calibration`: the factors [3, 2], coarse to fine, and the expected error before.
     """
     model = cast(YoloV3, copy.deepcopy(loaded.model)).to(fabric.device)
     factors, errors = torch.tensor([[1.0, 0.0]] * 3), list[float]()

@@ -129,6 +129,14 @@ def rescale_objectness(model: YoloV3, factors: Tensor) -> None:
         objectness.mul_(a).add_(b)
 
 
+def trained_objectness(outputs: Sequence[Tensor], factors: Tensor) -> list[Tensor]:
+    """Undo `rescale_objectness` on raw outputs [B, A, H, W, 5 + C]: what the heads said as trained."""
+    return [
+        torch.cat([output[..., :4], (output[..., 4:5].float() - b) / a, output[..., 5:]], dim=-1)
+        for output, (a, b) in zip(outputs, factors.tolist(), strict=True)
+    ]
+
+
 def make_anchors(sizes: Sequence[float], test_size: int) -> Tensor:
     """Scale nine (w, h) given in pixels of a 416 input, small to large, to `test_size`.
 

@@ -21,7 +21,7 @@ from yolo.metrics.average_precision import DetectionMetrics
 from yolo.metrics.cell_accuracy import CellAccuracy
 from yolo.metrics.report import SHOWN_SCORE
 from yolo.models.build import build_model
-from yolo.models.yolov3 import STRIDES, make_anchors, postprocess
+from yolo.models.yolov3 import STRIDES, make_anchors, postprocess, trained_objectness
 from yolo.tasks.assigned import AssignedCollate, AssignedTargets
 from yolo.tasks.base import EvalSplit, Task, tile
 from yolo.viz.draw import draw_boxes
@@ -32,6 +32,7 @@ class DetectionSplit(EvalSplit):
     """Single images, letterboxed."""
 
     anchors: Tensor  # [3, A, 2] pixels
+    calibration: Tensor | None = None  # [3, 2] factors that the heads to be tested carry
 
     @classmethod
     def of(cls, config: Config, dataset: DetectionDataset, anchors: Tensor) -> "DetectionSplit":
@@ -41,7 +42,7 @@ class DetectionSplit(EvalSplit):
 
     def metrics(self, *, full: bool) -> "DetectionEvaluation":
         """Return a fresh accumulator; `full`: with mAP."""
-        return DetectionEvaluation(self.config, self.anchors, self.dataset, with_map=full)
+        return DetectionEvaluation(self, with_map=full)
 
     def draw_predictions(self, predict: Callable[[Tensor], Any]) -> np.ndarray:
         """Draw the first images with the boxes that the model finds in them."""
@@ -146,9 +147,9 @@ class DetectionTask(Task):
 class DetectionEvaluation:
     """Cell accuracies on the grids, and detections in the pixels of the original images."""
 
-    def __init__(self, config: Config, anchors: Tensor, dataset: DetectionDataset, *, with_map: bool) -> None:
-        self.config = config
-        self.anchors = anchors
+    def __init__(self, split: DetectionSplit, *, with_map: bool) -> None:
+        self.config, self.anchors, self.calibration = split.config, split.anchors, split.calibration
+        dataset = split.dataset
         self.class_names = dataset.class_names
         self.cells = CellAccuracy(len(dataset.class_names))
         self.cells_with_difficult = CellAccuracy(len(dataset.class_names))
@@ -159,11 +160,15 @@ class DetectionEvaluation:
         img_size, device = outputs[0].shape[2] * STRIDES[0], outputs[0].device
         scales = [target["letterbox"].scale for target in targets if "letterbox" in target]
         enlarged = torch.tensor(scales) if scales else None
+        # A calibrated score says whether a box is right, the accuracies ask whether a cell is responsible.
+        trained = outputs
+        if self.calibration is not None:
+            trained = trained_objectness(outputs, self.calibration)
         for cells, use_difficult in ((self.cells, False), (self.cells_with_difficult, True)):
             assigned = assign_targets(
                 targets, self.anchors, img_size, use_difficult=use_difficult, device=device
             )
-            cells.update(outputs, assigned, enlarged)
+            cells.update(trained, assigned, enlarged)
         if self.detections is None:
             return
         threshold = self.config.score_threshold
