@@ -1,6 +1,7 @@
 """What the Detect tab computes: one forward per picture; lists, drawings and maps follow from its trace."""
 
 import csv
+import dataclasses
 import io
 import json
 from collections.abc import Sequence
@@ -29,8 +30,9 @@ from yolo.explain.cam import (
 )
 from yolo.inference.fast import fuse
 from yolo.metrics.matching import Detections, Objects, match_voc
-from yolo.models.yolov3 import STRIDES, YoloV3, postprocess
+from yolo.models.yolov3 import STRIDES, YoloV3
 from yolo.runs.checkpoint import LoadedWeights
+from yolo.tasks.detection import detect
 from yolo.viz.draw import class_color, draw_boxes
 
 # pixels: the longest side on the screen; small pictures are enlarged so that text stays sharp
@@ -98,6 +100,7 @@ class Detector:
         self.anchors = loaded.anchors
         self.class_names = loaded.class_names
         self.size = loaded.test_size
+        self.config = loaded.config
         self.default_iou = loaded.config.iou_threshold
 
     def look(self, picture: Picture, annotation: Annotation | None = None) -> View:
@@ -142,13 +145,8 @@ class Detector:
 
     def _found(self, view: View, thresholds: Thresholds) -> list[Finding]:
         trace = view.trace
-        detections = postprocess(
-            trace.outputs,
-            self.anchors,
-            score_threshold=thresholds.score,
-            iou_threshold=thresholds.iou,
-            max_detections=MAX_DETECTIONS,
-        )[0]
+        config = dataclasses.replace(self.config, iou_threshold=thresholds.iou, max_detections=MAX_DETECTIONS)
+        [detections] = detect(config, trace.outputs, self.anchors, thresholds.score)
         boxes = boxes_from_letterbox(detections["boxes"], trace.place, trace.height, trace.width)
         rows = zip(
             *(detections[key].tolist() for key in ("index", "labels", "scores")), boxes.numpy(), strict=True

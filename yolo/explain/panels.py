@@ -17,8 +17,9 @@ from yolo.explain import cam
 from yolo.explain.cam import Explanation, Trace
 from yolo.files import replacing
 from yolo.models.resnet import ResNet
-from yolo.models.yolov3 import YoloV3, postprocess
+from yolo.models.yolov3 import YoloV3
 from yolo.runs.checkpoint import LoadedWeights
+from yolo.tasks.detection import detect
 from yolo.viz.draw import draw_boxes
 
 SHARP_SIDE = 480  # pixels: smaller images are enlarged to this, so that lines and text are sharp
@@ -58,13 +59,7 @@ def detector_panels(loaded: LoadedWeights, image: np.ndarray, question: Question
     """
     assert isinstance(loaded.model, YoloV3) and loaded.anchors is not None
     trace = cam.trace_detector(loaded.model, image, loaded.test_size)
-    [found] = postprocess(
-        trace.outputs,
-        loaded.anchors.to(trace.outputs[0].device),
-        score_threshold=question.score_threshold,
-        iou_threshold=loaded.config.iou_threshold,
-        max_detections=loaded.config.max_detections,
-    )
+    [found] = detect(loaded.config, trace.outputs, loaded.anchors, question.score_threshold)
     boxes = boxes_from_letterbox(found["boxes"], trace.place, trace.height, trace.width).cpu().numpy()
     labels, scores = found["labels"].tolist(), found["scores"].tolist()
     drawn, factor = _enlarge(image)

@@ -25,14 +25,16 @@ PARITY = 1e-3
 class Detector(nn.Module):
     """The detector with decoding: everything but non-maximum suppression."""
 
-    def __init__(self, network: nn.Module, anchors: Tensor) -> None:
+    def __init__(self, network: nn.Module, anchors: Tensor, class_loss: str) -> None:
         super().__init__()
         self.network = network
+        self.class_loss = class_loss
         self.register_buffer("anchors", anchors)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Map images [B, 3, H, W] to boxes [B, N, 4] (xyxy pixels of the input) and scores [B, N, C]."""
-        boxes, objectness, class_probs = decode(self.network(images), self.anchors)  # type: ignore[arg-type]
+        outputs = self.network(images)
+        boxes, objectness, class_probs = decode(outputs, self.anchors, self.class_loss)  # type: ignore[arg-type]
         return boxes, objectness[..., None] * class_probs
 
 
@@ -112,7 +114,8 @@ def _with_readable_outputs(loaded: LoadedWeights) -> tuple[nn.Module, list[str]]
     network = fuse(loaded.model).cpu().float()
     if loaded.anchors is None:
         return Classifier(network).eval(), ["probabilities"]
-    return Detector(network, loaded.anchors.cpu()).eval(), ["boxes", "scores"]
+    class_loss = loaded.config.loss_settings.class_loss
+    return Detector(network, loaded.anchors.cpu(), class_loss).eval(), ["boxes", "scores"]
 
 
 def _example(loaded: LoadedWeights, batch: int = 2) -> Tensor:

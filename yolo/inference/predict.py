@@ -18,8 +18,8 @@ from yolo.data.labelled import to_32
 from yolo.errors import UserError
 from yolo.files import replacing
 from yolo.models.build import by_task
-from yolo.models.yolov3 import postprocess
 from yolo.runs.checkpoint import LoadedWeights
+from yolo.tasks.detection import detect
 from yolo.viz.draw import draw_boxes
 from yolo.viz.figures import save_figures
 
@@ -54,15 +54,7 @@ class Predictor:
         assert loaded.anchors is not None
         size = loaded.test_size
         outputs = self.predict(torch.stack([letterboxed(picture, size) for picture in pictures]))
-        found = postprocess(
-            outputs,
-            loaded.anchors.to(outputs[0].device),
-            score_threshold=self.score_threshold,
-            iou_threshold=loaded.config.iou_threshold,
-            max_detections=loaded.config.max_detections,
-            nms=loaded.config.nms,
-            class_loss=loaded.config.loss_settings.class_loss,
-        )
+        found = detect(loaded.config, outputs, loaded.anchors, self.score_threshold)
         for picture, one in zip(pictures, found, strict=True):
             height, width = picture.shape[:2]
             boxes = boxes_from_letterbox(one["boxes"], letterbox(height, width, size), height, width)
