@@ -1,4 +1,4 @@
-"""Show a model to anyone: detections, heat maps that say why, and what is known about the model.
+"""Open a model in the browser: detections, Grad-CAM heat maps, and the model card.
 
 python app.py                                                     # the bundled VOC detector
 python app.py --checkpoint runs/voc-.../checkpoints/....ckpt      # repeat --checkpoint to add a classifier
@@ -27,8 +27,8 @@ class AppArgs:
     """What is shown, and where."""
 
     checkpoint: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A `.ckpt` or `.safetensors` file, or `hf://owner/name`: a detector, a classifier, or both (repeat the
-    flag). Default: what lies in `weights/`."""
+    """A run folder, a `.ckpt` or `.safetensors` file, or `hf://owner/name`: a detector, a classifier, or
+    both (repeat the flag). Default: what is in `weights/`."""
     data_root: str | None = None
     """Where the test data lies that samples are taken from. Default: as in the training run."""
     split: str | None = None
@@ -57,8 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError("--push uploads the folder that --build-space DIR writes: give that as well")
 
     from yolo.app import space
+    from yolo.app.models import load_models
 
-    models = space.load_models(args.checkpoint or space.bundled(HOME / "weights"), args.model_url)
+    models = load_models(args.checkpoint, args.model_url)
     data = {key: getattr(args, key) for key in ("data_root", "split") if getattr(args, key) is not None}
     brought = None if args.checkpoint or data else HOME / "samples"  # they go with the bundled weights
     if args.build_space:

@@ -33,7 +33,7 @@ class EvaluateArgs(HardwareConfig):
     """What to measure; settings of the data that are not given are those of the training run."""
 
     checkpoint: str | None = None
-    """A `.ckpt` or `.safetensors` file."""
+    """A run folder (its best checkpoint), a `.ckpt` or a `.safetensors` file."""
     detections: str | None = None
     """Instead of a checkpoint: a folder of `comp4_det_<split>_<class>.txt` of any detector, to be scored."""
     images: str | None = None
@@ -113,9 +113,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.detections is not None:
         return score_files(args)
 
-    from yolo.runs.checkpoint import load_weights
+    from yolo.runs.checkpoint import load_weights, resolve_checkpoint
 
-    loaded = load_weights(Path(args.checkpoint or ""))
+    loaded = load_weights(resolve_checkpoint(args.checkpoint))
     if args.export:
         from yolo.inference.export import export
 
@@ -272,7 +272,7 @@ def report(
         pictures |= error_grids(dataset, detections, objects, args.matching)
     finished = time.strftime("%Y-%m-%d %H:%M:%S %z")
     results |= {"data": dataset.name, "skipped": len(dataset.skipped), "finished": finished, **provenance()}
-    folder = output_folder(args, "evaluations")
+    folder = output_folder(args, "evaluations", Path(results.get("checkpoint", "")))
     write_evaluation(folder, results, pictures)
     print("".join(f"skipped      {line}\n" for line in dataset.skipped), end="")
     source = ", ".join(str(results[key]) for key in ("data", "loader") if key in results)
@@ -285,7 +285,7 @@ def predict_pictures(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
     from yolo.engine import loop
     from yolo.engine.fabric import make_fabric
     from yolo.inference.fast import FlipAveraged, prepare
-    from yolo.inference.predict import Predictor, predict_files, write_predictions
+    from yolo.inference.predict import predict_files, write_predictions
     from yolo.metrics.report import SHOWN_SCORE
 
     paths = list_pictures(args.images or "")
@@ -297,23 +297,24 @@ def predict_pictures(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
     if args.tta == "flip":
         model = FlipAveraged(model)
     threshold = SHOWN_SCORE if args.score_threshold is None else args.score_threshold
-    predictor = Predictor(
+    folder = output_folder(args, "predictions", loaded.path)
+    answers = predict_files(
         dataclasses.replace(loaded, config=cfg),
         lambda images: loop.predict(fabric, model, images),
+        paths,
+        folder,
+        print,
         threshold,
     )
-    folder = output_folder(args, "predictions")
-    answers = predict_files(predictor, paths, folder, print)
     write_predictions(answers, folder)
     print(f"{len(answers)} of {len(paths)} pictures: see {folder}")
     return 0 if len(answers) == len(paths) else 1
 
 
-def output_folder(args: EvaluateArgs, kind: str) -> Path:
+def output_folder(args: EvaluateArgs, kind: str, checkpoint: Path = Path()) -> Path:
     """Return `--out-dir`, or a new folder in the run that the checkpoint belongs to."""
     if args.out_dir is not None:
         return Path(args.out_dir)
-    checkpoint = Path(args.checkpoint or "")
     run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else Path("runs")
     return run / kind / time.strftime("%Y%m%d-%H%M%S")
 

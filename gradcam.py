@@ -1,4 +1,4 @@
-"""Show why a model says what it says, or measure how far such explanations can be trusted.
+"""Grad-CAM: heat maps of what raised a detection's score, or measures of how far they can be trusted.
 
 python gradcam.py --images photo.jpg                                  # the most confident box, as gradcam.png
 python gradcam.py --images 'photos/*.jpg' --box all --output maps     # every box of every picture
@@ -23,11 +23,10 @@ from yolo.errors import UsageError, UserError
 from yolo.files import replacing
 
 if TYPE_CHECKING:
+    from yolo.explain.cam import CamSettings
     from yolo.explain.panels import Question
     from yolo.runs.checkpoint import LoadedWeights
     from yolo.runs.logbook import Progress
-
-BUNDLED = Path(__file__).parent / "weights" / "voc_small_yolov3.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +34,8 @@ class GradcamArgs:
     """What to explain, and how."""
 
     checkpoint: str | None = None
-    """A `.ckpt` or `.safetensors` file, detector or classifier. Default: the bundled VOC detector."""
+    """A run folder, a `.ckpt` or a `.safetensors` file, detector or classifier. Default: the bundled VOC
+    detector."""
     images: str | None = None
     """A picture, a folder of pictures, or a glob in quotes."""
     output: str | None = None
@@ -87,39 +87,30 @@ class GradcamArgs:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, load, explain or measure; return the exit code."""
     args = cli.parse(GradcamArgs, argv, __doc__ or "")
-    if args.checkpoint is None and not BUNDLED.exists():
-        raise UsageError(
-            f"--checkpoint: name one; {BUNDLED} is not there (`python train.py` makes a detector)"
-        )
 
     import torch
 
-    from yolo.runs.checkpoint import load_weights
+    from yolo.runs.checkpoint import load_weights, resolve_checkpoint
 
     if args.accelerator == "cuda" and not torch.cuda.is_available():
         raise UsageError("--accelerator cuda: no CUDA device is visible to torch")
-    loaded = load_weights(Path(args.checkpoint) if args.checkpoint else BUNDLED)
+    loaded = load_weights(resolve_checkpoint(args.checkpoint))
     loaded.model.to("cuda" if torch.cuda.is_available() and args.accelerator != "cpu" else "cpu")
     return evaluate(args, loaded) if args.evaluate else explain_pictures(args, loaded)
 
 
 def explain_pictures(args: GradcamArgs, loaded: "LoadedWeights") -> int:
     """Write one PNG per picture; a picture that fails costs a line, not the others."""
-    from yolo.data.dataset import read_rgb
     from yolo.data.images import list_pictures
-    from yolo.explain import panels
-    from yolo.models.build import by_task
+    from yolo.explain.panels import make_panels, save_panels
 
     question = make_question(args, loaded)
-    make_panels = by_task(
-        loaded.task, detection=panels.detector_panels, classification=panels.classifier_panels
-    )
     pictures = list_pictures(args.images or "")
     failed = 0
     for picture, output in zip(pictures, output_paths(args.output, pictures), strict=True):
         try:
-            shown = make_panels(loaded, read_rgb(picture), question)
-            panels.save_panels(shown, output)
+            panels = make_panels(loaded, picture, question)
+            save_panels(panels, output)
         except UsageError:
             raise
         except UserError as error:
@@ -128,8 +119,8 @@ def explain_pictures(args: GradcamArgs, loaded: "LoadedWeights") -> int:
             print(f"{picture}: error: {error}")
             failed += 1
         else:
-            said = "; ".join(panel.title.replace("\n", ", ") for panel in shown)
-            print(f"{picture}: {said} -> {output}")
+            titles = "; ".join(panel.title.replace("\n", ", ") for panel in panels)
+            print(f"{picture}: {titles} -> {output}")
     return 1 if failed else 0
 
 
@@ -145,9 +136,7 @@ def make_question(args: GradcamArgs, loaded: "LoadedWeights") -> "Question":
         known = ", ".join(loaded.class_names)
         raise UsageError(f"--class-name {args.class_name}: the model does not know it; it knows {known}")
     return Question(
-        methods=asked_methods(args, loaded),
-        target=args.target,
-        layer=args.layer,
+        cams=cam_settings(args, loaded),
         box=None if args.box == "all" else args.box,
         label=None if args.class_name is None else loaded.class_names.index(args.class_name),
         missed=args.missed or None,
@@ -156,13 +145,13 @@ def make_question(args: GradcamArgs, loaded: "LoadedWeights") -> "Question":
     )
 
 
-def asked_methods(args: GradcamArgs, loaded: "LoadedWeights") -> tuple[str, ...]:
-    """Return the names in `--method`, or the default of the task."""
-    from yolo.explain.cam import CLASSIFIER_METHOD, DETECTOR_METHOD
-    from yolo.models.build import by_task
+def cam_settings(args: GradcamArgs, loaded: "LoadedWeights") -> "tuple[CamSettings, ...]":
+    """Return the settings of each name in `--method`, or of the default method of the task."""
+    from yolo.explain.cam import CLASSIFIER_METHOD, DETECTOR_METHOD, CamSettings
 
-    default = by_task(loaded.task, detection=DETECTOR_METHOD, classification=CLASSIFIER_METHOD)
-    return tuple((args.method or default).split(","))
+    default = CLASSIFIER_METHOD if loaded.anchors is None else DETECTOR_METHOD
+    methods = (args.method or default).split(",")
+    return tuple(CamSettings(method, args.target, args.layer) for method in methods)
 
 
 def output_paths(output: str | None, pictures: Sequence[Path]) -> list[Path]:
@@ -186,7 +175,6 @@ def evaluate(args: GradcamArgs, loaded: "LoadedWeights") -> int:
     """Measure the maps of the methods, EigenCAM's and random ones: a table and explanations.json."""
     from yolo.explain import faithfulness
     from yolo.models.resnet import ResNet
-    from yolo.models.yolov3 import YoloV3
     from yolo.runs.logbook import Progress
     from yolo.runs.provenance import hardware, provenance
     from yolo.tasks.build import open_split
@@ -195,26 +183,14 @@ def evaluate(args: GradcamArgs, loaded: "LoadedWeights") -> int:
     test = open_split(dataclasses.replace(loaded.config, **given), loaded.class_names, loaded.anchors)
     images = faithfulness.draw_images(len(test.dataset), args.num_images, args.seed)
     progress = Progress(len(images), "explaining", enabled=True)
-    methods = tuple(dict.fromkeys([*asked_methods(args, loaded), "eigencam"]))
+    cams = cam_settings(args, loaded)
+    methods = tuple(dict.fromkeys([*(settings.method for settings in cams), "eigencam"]))
+    drawn = counted(images, progress)
     subjects: Iterable[faithfulness.Subject]
-    if isinstance(loaded.model, YoloV3):
-        assert loaded.anchors is not None
-        subjects = faithfulness.detected_objects(
-            loaded.model,
-            loaded.anchors,
-            loaded.test_size,
-            test.dataset,
-            counted(images, progress),
-            target=args.target,
-            layer=args.layer,
-            score_threshold=args.score_threshold,
-            iou_threshold=loaded.config.iou_threshold,
-        )
+    if isinstance(loaded.model, ResNet):
+        subjects = faithfulness.classified_images(loaded.model, test.dataset, drawn, cams[0])
     else:
-        assert isinstance(loaded.model, ResNet)
-        subjects = faithfulness.classified_images(
-            loaded.model, test.dataset, counted(images, progress), layer=args.layer
-        )
+        subjects = faithfulness.detected_objects(loaded, test.dataset, drawn, cams[0], args.score_threshold)
     explained, results = faithfulness.measure(subjects, methods, args.seed)
     if not explained:
         raise UserError(

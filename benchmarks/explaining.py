@@ -8,6 +8,7 @@ import torch
 from pytorch_grad_cam import GradCAM
 from torch import Tensor, nn
 
+from yolo.data.images import letterboxed
 from yolo.explain import cam
 from yolo.models.yolov3 import STRIDES, YoloV3
 
@@ -22,7 +23,7 @@ def lines(width: float, size: int, boxes: int, repeats: int) -> Iterator[str]:
 
     def answer(method: str, layer: str = "auto") -> None:
         trace = cam.trace_detector(model, image, size)
-        cam.explain_cells(trace, cells, [0] * boxes, method, "class", layer)
+        cam.explain_cells(trace, cells, [0] * boxes, cam.CamSettings(method, layer=layer))
 
     threads = torch.get_num_threads()
     yield f"{threads} threads, {size} pixels, width {width:g}, {boxes} boxes; median of {repeats}"
@@ -31,7 +32,7 @@ def lines(width: float, size: int, boxes: int, repeats: int) -> Iterator[str]:
         yield f"{_seconds(lambda m=method: answer(m), repeats):8.2f} s  forward and boxes, {method}"  # type: ignore
     yield f"{_seconds(lambda: answer('gradcam', 'fused'), repeats):8.2f} s  the same with fused layers"
     whole = WholeModel(model)
-    once = _seconds(lambda: whole.explain(cam.to_canvas(image, size) / 255), repeats)
+    once = _seconds(lambda: whole.explain(letterboxed(image, size).image[None] / 255), repeats)
     yield f"{once * boxes:8.2f} s  the library on the whole model: {boxes} calls of {once:.2f} s"
 
 

@@ -316,7 +316,7 @@ def _explanation_row(model: YoloV3, anchors: Tensor, width: float, size: int) ->
         found = postprocess(
             trace.outputs, anchors, score_threshold=0.0, iou_threshold=0.45, max_detections=1
         )[0]
-        explain_detections(trace, found)
+        explain_detections(trace, found["index"].tolist(), found["labels"].tolist())
 
     seconds, limit = beside_peak(explain, 3, forward_flops(width, size), torch.float32)
     setting = f"one box, fp32, width {width:g}, {size} px"

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from yolo.inference.predict import Detector  # type: ignore[attr-defined]
+    from yolo.inference.predict import Detector
 
 __all__ = ["Detector"]
 
@@ -11,7 +11,7 @@ __all__ = ["Detector"]
 def __getattr__(name: str) -> Any:
     """Import `Detector` when it is asked for: torch takes seconds, and `--help` needs none of it."""
     if name == "Detector":
-        from yolo.inference.predict import Detector  # type: ignore[attr-defined]
+        from yolo.inference.predict import Detector
 
         return Detector
     raise AttributeError(f"module 'yolo' has no attribute '{name}'")

@@ -9,55 +9,37 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lively import DIGITS, lively_detector
 from PIL import ExifTags, Image
 
 import app
-from yolo.app import space
 from yolo.app.about import classes_html, model_card, model_name, results_markdown
 from yolo.app.detector import (
     MAX_DETECTIONS,
-    Detector,
-    Finding,
-    MapSettings,
+    Detection,
+    DetectionExplainer,
     Thresholds,
     View,
     at_point,
-    draw_findings,
+    draw_detections,
     draw_map,
     to_csv,
     to_json,
 )
+from yolo.app.models import load_models
 from yolo.app.samples import read_samples, write_samples
 from yolo.app.uploads import LONGEST_SIDE, Picture, read_picture
-from yolo.config import Config, anchor_sizes
+from yolo.config import Config
 from yolo.data.dataset import Annotation
 from yolo.data.digits import write_digits
 from yolo.data.voc import VOC_CLASSES
 from yolo.errors import UsageError, UserError
-from yolo.explain.cam import METHODS
+from yolo.explain.cam import METHODS, CamSettings
 from yolo.models.resnet import ResNet
-from yolo.models.yolov3 import YoloV3, make_anchors
+from yolo.models.yolov3 import YoloV3
 from yolo.runs.checkpoint import LoadedWeights, save_weights
 
-DIGITS = tuple("0123456789")
 LOW, HIGH = Thresholds(0.3, 0.45), Thresholds(0.999, 0.45)
-
-
-def lively_detector(width: float = 0.125) -> LoadedWeights:
-    """An untrained detector whose raw outputs are spread like those of a trained one: it finds things."""
-    torch.manual_seed(0)
-    config = Config(width=width, img_sizes=(128,), test_size=128)
-    model = YoloV3(len(DIGITS), width).eval()
-    spread = torch.tensor([0.5] * 4 + [1.5] + [3.0] * len(DIGITS))  # of tx ty tw th, objectness, classes
-    with torch.no_grad():
-        outputs = model(torch.rand(4, 3, 128, 128))
-        for head, output in zip(model.heads, outputs, strict=True):
-            factor = spread / output.std((0, 2, 3))  # [A, 5 + C]
-            head[-1].weight *= factor.view(-1, 1, 1, 1)
-            head[-1].bias.copy_(((head[-1].bias.view(3, -1) - output.mean((0, 2, 3))) * factor).view(-1))
-            head[-1].bias.view(3, -1)[:, 4] -= 2  # most cells hold nothing
-    anchors = make_anchors(anchor_sizes(config.anchors), config.resolved_test_size)
-    return LoadedWeights(model, config, DIGITS, anchors, {}, "0" * 16, Path("detector.safetensors"))
 
 
 def random_classifier() -> LoadedWeights:
@@ -74,8 +56,8 @@ def save(loaded: LoadedWeights, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def detector() -> Detector:
-    return Detector(lively_detector())
+def detector() -> DetectionExplainer:
+    return DetectionExplainer(lively_detector())
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +66,8 @@ def pixels() -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def view(detector: Detector, pixels: np.ndarray) -> View:
-    return detector.look(Picture(pixels, 96, 160))
+def view(detector: DetectionExplainer, pixels: np.ndarray) -> View:
+    return detector.trace(Picture(pixels, 96, 160))
 
 
 def quarters(mode: str = "RGB") -> Image.Image:
@@ -162,23 +144,27 @@ def test_transparency_becomes_white(tmp_path: Path):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3000, 1), (1, 3000)])
-def test_odd_shapes_go_through_the_whole_app(tmp_path: Path, detector: Detector, size: tuple[int, int]):
+def test_odd_shapes_go_through_the_whole_app(
+    tmp_path: Path, detector: DetectionExplainer, size: tuple[int, int]
+):
     Image.new("RGB", size).save(tmp_path / "odd.png")
-    view = detector.look(read_picture(tmp_path / "odd.png"))
-    findings = detector.findings(view, HIGH)
-    explanation = detector.explain(view, findings[0], MapSettings())
-    assert draw_map(view, findings[0], explanation, 0.5).shape == view.shown.shape
+    view = detector.trace(read_picture(tmp_path / "odd.png"))
+    detections = detector.detections(view, HIGH)
+    explanation = detector.explain(view, detections[0], CamSettings())
+    assert draw_map(view, detections[0], explanation, 0.5).shape == view.shown.shape
 
 
-def test_large_pictures_are_kept_small_and_boxes_refer_to_the_original(tmp_path: Path, detector: Detector):
+def test_large_pictures_are_kept_small_and_boxes_refer_to_the_original(
+    tmp_path: Path, detector: DetectionExplainer
+):
     quarters().resize((6000, 4000)).save(tmp_path / "large.jpg")
     picture = read_picture(tmp_path / "large.jpg")
     assert max(picture.pixels.shape) <= LONGEST_SIDE
     assert (picture.height, picture.width) == (4000, 6000)
-    view = detector.look(picture)
-    findings = detector.findings(view, LOW)
-    boxes = [found["box"] for found in json.loads(to_json(view, findings, DIGITS, LOW))["detections"]]
-    expected = [finding.box * 6000 / picture.pixels.shape[1] for finding in findings]
+    view = detector.trace(picture)
+    detections = detector.detections(view, LOW)
+    boxes = [found["box"] for found in json.loads(to_json(view, detections, DIGITS, LOW))["detections"]]
+    expected = [detection.box * 6000 / picture.pixels.shape[1] for detection in detections]
     assert boxes and np.abs(np.array(boxes) - expected).max() < 0.1
 
 
@@ -216,54 +202,58 @@ def test_a_decompression_bomb_is_refused_by_its_header(tmp_path: Path):
 
 
 def test_the_network_runs_once_per_picture(
-    detector: Detector, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    detector: DetectionExplainer, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ):
     calls = []
     forward = YoloV3.trace
     monkeypatch.setattr(YoloV3, "trace", lambda *args: calls.append(1) or forward(*args))
-    view = detector.look(Picture(pixels, 96, 160))
+    view = detector.trace(Picture(pixels, 96, 160))
     for thresholds in (LOW, HIGH, Thresholds(0.5, 0.2)):
-        findings = detector.findings(view, thresholds)
-        detector.explain(view, findings[0], MapSettings())
+        detections = detector.detections(view, thresholds)
+        detector.explain(view, detections[0], CamSettings())
     assert len(calls) == 1
 
 
-def test_a_higher_threshold_leaves_the_more_confident_ones(detector: Detector, view: View):
-    low, high = (detector.findings(view, Thresholds(score, 0.45)) for score in (0.3, 0.5))
+def test_a_higher_threshold_leaves_the_more_confident_ones(detector: DetectionExplainer, view: View):
+    low, high = (detector.detections(view, Thresholds(score, 0.45)) for score in (0.3, 0.5))
     assert 0 < len(high) < len(low)
     assert [f.score for f in low] == sorted((f.score for f in low), reverse=True)
     assert [f.key for f in high] == [f.key for f in low if f.score >= 0.5]
 
 
-def test_nothing_found_leaves_the_whole_picture(detector: Detector, view: View):
-    [finding] = detector.findings(view, HIGH)
-    assert finding.kind == "picture" and finding.box is None
-    assert detector.explain(view, finding, MapSettings()).heat.shape == (96, 160)
+def test_nothing_found_leaves_the_whole_picture(detector: DetectionExplainer, view: View):
+    [detection] = detector.detections(view, HIGH)
+    assert detection.kind == "picture" and detection.box is None
+    assert detector.explain(view, detection, CamSettings()).heat.shape == (96, 160)
 
 
-def test_annotated_objects_that_nothing_found_are_missed(detector: Detector, pixels: np.ndarray, view: View):
-    found = detector.findings(view, LOW)[0]
+def test_annotated_objects_that_nothing_found_are_missed(
+    detector: DetectionExplainer, pixels: np.ndarray, view: View
+):
+    found = detector.detections(view, LOW)[0]
     boxes = np.array([found.box, [1, 1, 4, 4], [5, 5, 9, 9]], np.float32)
     labels = np.array([found.label, 3, 4])
     note = Annotation(boxes, labels, np.array([False, False, True]), 96, 160)
-    findings = detector.findings(detector.look(Picture(pixels, 96, 160), note), LOW)
-    assert [(f.label, f.place) for f in findings if f.kind == "missed"] == [
+    detections = detector.detections(detector.trace(Picture(pixels, 96, 160), note), LOW)
+    assert [(f.label, f.index) for f in detections if f.kind == "missed"] == [
         (3, 1)
     ]  # the difficult one is not
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_finding_can_be_explained_at_all_its_layers(detector: Detector, view: View, method: str):
-    missed = Finding("missed", 0, 2, None, np.array([3, 5, 60, 70], np.float32))
-    for finding in (detector.findings(view, LOW)[0], missed, detector.findings(view, HIGH)[0]):
-        for layer in detector.layers(view, finding):
-            explanation = detector.explain(view, finding, MapSettings(method, "score", layer))
+def test_every_detection_can_be_explained_at_all_its_layers(
+    detector: DetectionExplainer, view: View, method: str
+):
+    missed = Detection("missed", 0, 2, None, np.array([3, 5, 60, 70], np.float32))
+    for detection in (detector.detections(view, LOW)[0], missed, detector.detections(view, HIGH)[0]):
+        for layer in detector.layers(view, detection):
+            explanation = detector.explain(view, detection, CamSettings(method, "score", layer))
             assert explanation.heat.shape == (96, 160)
 
 
 def test_a_click_chooses_the_smallest_box_around_it():
     large, small = (
-        Finding("found", i, 0, 0.5, np.array(box, np.float32))
+        Detection("found", i, 0, 0.5, np.array(box, np.float32))
         for i, box in enumerate([[0, 0, 90, 90], [40, 40, 60, 60]])
     )
     assert at_point([large, small], 50, 50) is small
@@ -271,20 +261,20 @@ def test_a_click_chooses_the_smallest_box_around_it():
     assert at_point([large, small], 95, 10) is None
 
 
-def test_drawings_leave_the_picture_as_it_was(detector: Detector, view: View):
+def test_drawings_leave_the_picture_as_it_was(detector: DetectionExplainer, view: View):
     before = view.shown.copy()
-    findings = detector.findings(view, LOW)
-    drawn = draw_findings(view, findings, DIGITS, findings[0])
-    draw_map(view, findings[0], detector.explain(view, findings[0], MapSettings()), 0.6)
+    detections = detector.detections(view, LOW)
+    drawn = draw_detections(view, detections, DIGITS, detections[0])
+    draw_map(view, detections[0], detector.explain(view, detections[0], CamSettings()), 0.6)
     assert drawn.shape == before.shape and (drawn != before).any()
     assert (view.shown == before).all()
 
 
-def test_csv_and_json_agree(detector: Detector, view: View):
-    findings = detector.findings(view, LOW)
-    rows = list(csv.DictReader(io.StringIO(to_csv(view, findings, ("a,b", *DIGITS[1:])))))
-    records = json.loads(to_json(view, findings, ("a,b", *DIGITS[1:]), LOW))["detections"]
-    assert len(rows) == len(records) == len(findings)
+def test_csv_and_json_agree(detector: DetectionExplainer, view: View):
+    detections = detector.detections(view, LOW)
+    rows = list(csv.DictReader(io.StringIO(to_csv(view, detections, ("a,b", *DIGITS[1:])))))
+    records = json.loads(to_json(view, detections, ("a,b", *DIGITS[1:]), LOW))["detections"]
+    assert len(rows) == len(records) == len(detections)
     for row, record in zip(rows, records, strict=True):
         assert (row["status"], row["class"], float(row["score"])) == (
             "found",
@@ -372,8 +362,8 @@ def test_wrong_flags_are_explained(argv: list[str], problem: str):
 def test_two_models_of_one_task_are_refused(tmp_path: Path):
     path = str(save(lively_detector(), tmp_path))
     with pytest.raises(UsageError, match="one of each task"):
-        space.load_models([path, path], None)
+        load_models([path, path], None)
 
 
-def test_shown_detections_are_bounded(detector: Detector, view: View):
-    assert len(detector.findings(view, Thresholds(0.0001, 1.0))) == MAX_DETECTIONS
+def test_shown_detections_are_bounded(detector: DetectionExplainer, view: View):
+    assert len(detector.detections(view, Thresholds(0.0001, 1.0))) == MAX_DETECTIONS

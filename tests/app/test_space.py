@@ -24,13 +24,15 @@ import pytest
 import yaml
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from lively import lively_detector
 from packaging.requirements import Requirement
 from PIL import Image
-from test_app import bomb, lively_detector, random_classifier, save
+from test_app import bomb, random_classifier, save
 
 import app
 from yolo.app import space
 from yolo.app.detector import COLUMNS
+from yolo.app.models import Model, load_models
 from yolo.app.samples import read_samples, write_samples
 from yolo.errors import UserError
 from yolo.runs.checkpoint import load_weights
@@ -189,7 +191,7 @@ def needed_by(packages: set[str]) -> set[str]:
 
 def test_a_program_detects_filters_and_explains(client: Client, photo: Path):
     _, heat_map, caption, _, choices, table, csv, files = detect(client, photo)
-    assert value(heat_map) and "What spoke for" in caption
+    assert value(heat_map) and "HiResCAM of its class" in caption
     assert table["headers"] == list(COLUMNS) and len(table["data"]) == len(keys(choices)) > 1
     assert Path(csv).read_text().startswith("status,class,score")
     assert len(json.loads(Path(files).read_text())["detections"]) == len(table["data"])
@@ -298,19 +300,19 @@ def test_a_person_uploads_filters_clicks_and_downloads(page: Any, server: Server
     sample = page.locator("#boxes img").get_attribute("src")
     page.locator("input[type=file]").first.set_input_files(photo)
     page.wait_for_function("old => document.querySelector('#boxes img').src != old", arg=sample)
-    found = page.locator("#findings label").count()
-    assert found > 1 and page.locator("#findings label.selected").count() == 1
+    found = page.locator("#detections label").count()
+    assert found > 1 and page.locator("#detections label.selected").count() == 1
 
     page.locator("#score input[type=number]").fill("0.4")
     page.locator("#score input[type=number]").press("Enter")
-    page.wait_for_function("n => document.querySelectorAll('#findings label').length < n", arg=found)
+    page.wait_for_function("n => document.querySelectorAll('#detections label').length < n", arg=found)
 
     boxes = [detection["box"] for detection in json.loads(download(page, "#json"))["detections"]]
-    assert len(boxes) == page.locator("#findings label").count()
+    assert len(boxes) == page.locator("#detections label").count()
     assert len(download(page, "#csv").splitlines()) == len(boxes) + 1
     chosen = click_somewhere_unambiguous(page, boxes)
     page.wait_for_function(
-        "i => document.querySelectorAll('#findings label')[i].classList.contains('selected')", arg=chosen
+        "i => document.querySelectorAll('#detections label')[i].classList.contains('selected')", arg=chosen
     )
 
     page.get_by_role("tab", name="Classify").click()
@@ -385,10 +387,10 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[FakeHub]:
 
 
 def test_a_model_on_the_hub_is_found_and_linked(hub: type[FakeHub]):
-    model = space.load_models(["hf://owner/name"], None)["detection"]
+    model = load_models(["hf://owner/name"], None)["detection"]
     assert model.url == "https://huggingface.co/owner/name"
     with pytest.raises(UserError, match=r"hf://owner/other: cannot be fetched \(404: no such repository\)"):
-        space.load_models(["hf://owner/other"], None)
+        load_models(["hf://owner/other"], None)
 
 
 def test_push_uploads_the_folder_as_a_gradio_space(hub: type[FakeHub], tmp_path: Path):
@@ -406,7 +408,7 @@ def test_a_space_is_never_written_over_other_files(tmp_path: Path):
 
 def test_a_space_that_fails_halfway_leaves_nothing(tmp_path: Path):
     loaded = lively_detector()
-    model = space.Model(replace(loaded, config=replace(loaded.config, dataset="voc")), None)
+    model = Model(replace(loaded, config=replace(loaded.config, dataset="voc")), None)
     with pytest.raises(UserError):  # there are no VOC pictures to take samples from
         space.build(
             tmp_path / "space",
@@ -432,7 +434,7 @@ def test_a_space_of_one_model_shows_its_tab_alone(browser: Any, tmp_path: Path, 
 def test_samples_beside_the_weights_are_shown_in_place_of_test_data(tmp_path: Path):
     loaded = lively_detector()
     written = write_samples(tmp_path / "samples" / "detection", loaded, loaded.config, 2)
-    model = space.Model(replace(loaded, config=replace(loaded.config, dataset="voc")), None)
+    model = Model(replace(loaded, config=replace(loaded.config, dataset="voc")), None)
     nowhere = {"data_root": str(tmp_path)}
     found = space.find_samples(tmp_path / "made", model, 12, nowhere, tmp_path / "samples")
     assert found == replace(written, folder=tmp_path / "made")
@@ -443,7 +445,7 @@ def test_samples_beside_the_weights_are_shown_in_place_of_test_data(tmp_path: Pa
 
 def test_the_bundled_samples_fit_the_bundled_weights_and_name_whom_they_are_from():
     samples = read_samples(BUNDLED.parent.parent / "samples" / "detection")
-    models = space.load_models(space.bundled(BUNDLED.parent), None)
+    models = load_models((), None)
     assert list(models) == ["detection"] and models["detection"].loaded.path == BUNDLED
     assert samples and samples.class_names == models["detection"].loaded.class_names
     for sample in samples.samples:

@@ -14,6 +14,7 @@ from yolo.explain.cam import (
     LAYERS,
     METHODS,
     TARGETS,
+    CamSettings,
     Cell,
     Trace,
     cell_of,
@@ -94,7 +95,7 @@ def naive_map(method: str, model: YoloV3, images: Tensor, start: int, cell: Cell
     ],
 )
 def test_a_map_equals_the_library_on_the_whole_model(method, cell, layer, start, model, trace):
-    [explanation] = explain_cells(trace, [cell], [1], method, "class", layer)
+    [explanation] = explain_cells(trace, [cell], [1], CamSettings(method, layer=layer))
     naive = naive_map(method, model, trace.images, start, cell, 1)
     # after enlarging a map the library takes its minimum off once more
     np.testing.assert_allclose(scale_cam_image(explanation.heat[None])[0], naive, rtol=0, atol=5e-4)
@@ -102,8 +103,10 @@ def test_a_map_equals_the_library_on_the_whole_model(method, cell, layer, start,
 
 def test_fused_is_the_mean_of_the_upstream_maps(trace):
     cell = Cell(2, 0, 20, 11)
-    parts = [explain_cells(trace, [cell], [1], "gradcam", "class", layer)[0] for layer in LAYERS[1:4]]
-    [fused] = explain_cells(trace, [cell], [1], "gradcam", "class", "fused")
+    parts = [
+        explain_cells(trace, [cell], [1], CamSettings("gradcam", layer=layer))[0] for layer in LAYERS[1:4]
+    ]
+    [fused] = explain_cells(trace, [cell], [1], CamSettings("gradcam", layer="fused"))
     mean = np.mean([part.heat for part in parts], axis=0)
     np.testing.assert_allclose(fused.heat, mean / mean.max(), atol=1e-3)
     assert fused.layer == "stride 32 + 16 + 8"
@@ -113,7 +116,7 @@ def test_fused_is_the_mean_of_the_upstream_maps(trace):
 @pytest.mark.parametrize("scale", [0, 1, 2])
 def test_elementwise_methods_light_more_than_one_cell_but_only_those_in_reach(method, scale, trace):
     stride = STRIDES[scale]
-    [explanation] = explain_cells(trace, [Cell(scale, 0, 5, 4)], [2], method, "class", "auto")
+    [explanation] = explain_cells(trace, [Cell(scale, 0, 5, 4)], [2], CamSettings(method))
     centres = explanation.heat[stride // 2 :: stride, stride // 2 :: stride]
     lit = np.argwhere(centres > 1e-4)
     assert len(lit) > 1
@@ -124,10 +127,11 @@ def test_ten_boxes_together_equal_ten_boxes_alone(trace):
     [detections] = postprocess(
         trace.outputs, ANCHORS, score_threshold=0, iou_threshold=0.3, max_detections=20
     )
-    together = explain_detections(trace, detections)
+    index, labels = detections["index"].tolist(), detections["labels"].tolist()
+    together = explain_detections(trace, index, labels)
     assert len(together) == 20  # more than are explained at once
     for i in (0, 7, 19):
-        [alone] = explain_detections(trace, detections, [i])
+        [alone] = explain_detections(trace, [index[i]], [labels[i]])
         np.testing.assert_allclose(together[i].heat, alone.heat, atol=1e-3)
         assert together[i].score == pytest.approx(float(detections["scores"][i]), rel=1e-4)
         assert together[i].label == int(detections["labels"][i])
@@ -158,9 +162,11 @@ def test_a_missed_object_is_explained_by_the_cell_that_training_assigns_to_it(bo
 def test_a_missed_object_is_found_through_the_letterbox(model):
     wide = np.random.default_rng(2).integers(0, 256, (200, 640, 3), dtype=np.uint8)
     trace = trace_detector(model, wide, SIZE)
-    explanation = explain_missed(trace, torch.tensor([400, 80, 480, 140]), 3, ANCHORS, method="layercam")
+    explanation = explain_missed(
+        trace, torch.tensor([400, 80, 480, 140]), 3, ANCHORS, CamSettings("layercam")
+    )
     cell = responsible_cell(torch.tensor([200.0, 150, 240, 180]), ANCHORS, SIZE)  # halved, 110 further down
-    [same] = explain_cells(trace, [cell], [3], "layercam", "class", "auto")
+    [same] = explain_cells(trace, [cell], [3], CamSettings("layercam"))
     np.testing.assert_array_equal(explanation.heat, same.heat)
     row, column = np.unravel_index(explanation.heat.argmax(), explanation.heat.shape)
     reach = 4 * STRIDES[cell.scale] / trace.place.scale
@@ -186,7 +192,7 @@ def test_a_map_of_nothing_says_so_and_stays_zero(model, image):
     for head in dead.heads:
         nn.init.zeros_(head[-1].weight)
     [explanation] = explain_cells(
-        trace_detector(dead, image, SIZE), [Cell(1, 0, 3, 3)], [0], "gradcam", "class", "auto"
+        trace_detector(dead, image, SIZE), [Cell(1, 0, 3, 3)], [0], CamSettings("gradcam")
     )
     assert explanation.is_zero
     assert not explanation.heat.any()
@@ -195,31 +201,41 @@ def test_a_map_of_nothing_says_so_and_stays_zero(model, image):
 def test_an_only_class_is_explained_by_its_objectness(image):
     torch.manual_seed(0)
     trace = trace_detector(YoloV3(1, width=0.125), image, 96)
-    [by_class] = explain_cells(trace, [Cell(0, 0, 1, 1)], [0], "gradcam", "class", "auto")
-    [by_object] = explain_cells(trace, [Cell(0, 0, 1, 1)], [0], "gradcam", "object", "auto")
+    [by_class] = explain_cells(trace, [Cell(0, 0, 1, 1)], [0], CamSettings("gradcam"))
+    [by_object] = explain_cells(trace, [Cell(0, 0, 1, 1)], [0], CamSettings("gradcam", "object"))
     assert by_class.target == "object"
     np.testing.assert_array_equal(by_class.heat, by_object.heat)
 
 
 def test_targets_differ_and_eigencam_ignores_them(trace):
     cell = Cell(1, 1, 9, 9)
-    heats = [explain_cells(trace, [cell], [0], "layercam", target, "auto")[0].heat for target in TARGETS]
+    heats = [explain_cells(trace, [cell], [0], CamSettings("layercam", target))[0].heat for target in TARGETS]
     assert not np.allclose(heats[0], heats[1], atol=0.01)
     assert not np.allclose(heats[1], heats[2], atol=0.01)
-    blind = [explain_cells(trace, [cell], [0], "eigencam", target, "auto")[0].heat for target in TARGETS]
+    blind = [explain_cells(trace, [cell], [0], CamSettings("eigencam", target))[0].heat for target in TARGETS]
     np.testing.assert_array_equal(blind[0], blind[1])
 
 
 def test_a_whole_image_map_of_the_likeliest_class_has_its_best_score(trace):
-    label = likeliest_class(trace.outputs)
+    label = likeliest_class(trace)
     _, objectness, class_probs = decode(trace.outputs, ANCHORS)
     scores = objectness[0, :, None] * class_probs[0]
     assert label == int(scores.max(0).values.argmax())
     explanation = explain_class(trace, label)
     assert explanation.score == pytest.approx(float(scores.max()), rel=1e-4)
     assert explanation.heat.shape == (SIZE, SIZE) and not explanation.is_zero
-    one = explain_class(trace, label, layer="stride16")
+    one = explain_class(trace, label, CamSettings(layer="stride16"))
     assert one.layer == "stride 16"
+
+
+def test_a_network_trained_with_a_sigmoid_is_explained_by_its_own_probabilities(model, image):
+    trace = trace_detector(model, image, 96, class_loss="sigmoid")
+    _, objectness, class_probs = decode(trace.outputs, ANCHORS, "sigmoid")
+    scores = objectness[0, :, None] * class_probs[0]
+    assert likeliest_class(trace) == int(scores.max(0).values.argmax())
+    index = int(scores[:, 2].argmax())
+    [explanation] = explain_detections(trace, [index], [2], CamSettings(target="score"))
+    assert explanation.score == pytest.approx(float(scores[index, 2]), rel=1e-4)
 
 
 def test_explaining_leaves_the_model_as_it_was(model, image):
@@ -236,7 +252,7 @@ def test_explaining_leaves_the_model_as_it_was(model, image):
 def test_a_classifier_is_explained_in_the_pixels_of_the_original(layer, method, image):
     torch.manual_seed(0)
     model = ResNet(10, width=0.25)
-    explanation = explain_classification(model, image[:50, :70], 3, method=method, layer=layer)
+    explanation = explain_classification(model, image[:50, :70], 3, CamSettings(method, layer=layer))
     assert explanation.heat.shape == (50, 70)
     assert explanation.is_zero or (0.9 < explanation.heat.max() <= 1 and explanation.heat.min() >= 0)
     assert 0 < explanation.score < 1
@@ -253,9 +269,8 @@ def test_a_classifier_is_explained_in_the_pixels_of_the_original(layer, method, 
     ],
 )
 def test_unknown_names_are_refused_with_the_known_ones(names, message, trace):
-    asked = {"method": "gradcam", "target": "class", "layer": "auto", **names}
     with pytest.raises(UsageError, match=message):
-        explain_cells(trace, [Cell(1, 0, 3, 3)], [0], **asked)
+        explain_cells(trace, [Cell(1, 0, 3, 3)], [0], CamSettings(**names))
 
 
 def test_an_overlay_leaves_the_cold_pixels_alone(image):

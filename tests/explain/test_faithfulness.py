@@ -1,3 +1,4 @@
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -5,9 +6,10 @@ import pytest
 import torch
 
 from yolo.boxes import boxes_from_letterbox, letterbox
-from yolo.config import COCO_ANCHORS
+from yolo.config import COCO_ANCHORS, Config
 from yolo.data.dataset import Annotation
-from yolo.explain.cam import to_canvas
+from yolo.data.images import letterboxed
+from yolo.explain.cam import CamSettings
 from yolo.explain.faithfulness import (
     RANDOM,
     SHARES,
@@ -21,6 +23,7 @@ from yolo.explain.faithfulness import (
     similarity,
 )
 from yolo.models.yolov3 import YoloV3, decode, make_anchors
+from yolo.runs.checkpoint import LoadedWeights
 
 BOX = np.array([10, 20, 30, 40], np.float32)
 
@@ -130,25 +133,14 @@ def test_detections_of_a_real_model_are_found_again_and_explained_in_its_pixels(
         head[-1].weight.data *= 0.01
     anchors = make_anchors(COCO_ANCHORS, 96)
     image = np.random.default_rng(0).integers(0, 256, (48, 96, 3), dtype=np.uint8)
-    boxes, objectness, class_probs = decode(model(to_canvas(image, 96)), anchors)
+    boxes, objectness, class_probs = decode(model(letterboxed(image, 96).image[None]), anchors)
     best = int((objectness[0] * class_probs[0].amax(-1)).argmax())
     label = class_probs[0, best].argmax()
     true_box = boxes_from_letterbox(boxes[0, best, None].detach(), letterbox(48, 96, 96), 48, 96).numpy()
     note = Annotation(true_box, label[None].numpy(), np.zeros(1, bool), 48, 96)
     dataset = SimpleNamespace(image=lambda index: image, annotation=lambda index: note)
-    subject = next(
-        detected_objects(
-            model,
-            anchors,
-            96,
-            dataset,
-            [0],
-            target="class",
-            layer="auto",
-            score_threshold=0,
-            iou_threshold=0.5,
-        )
-    )
+    loaded = LoadedWeights(model, Config(img_sizes=(96,)), ("a", "b"), anchors, {}, "", Path())
+    subject = next(detected_objects(loaded, dataset, [0], CamSettings(), score_threshold=0))
     np.testing.assert_array_equal(subject.box, true_box[0])
     assert subject.heat("gradcam").shape == subject.heat("gradcam", reset=True).shape == (48, 96)
     assert not np.array_equal(subject.heat("layercam"), subject.heat("layercam", reset=True))

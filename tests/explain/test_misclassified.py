@@ -37,7 +37,7 @@ def test_each_mistake_stands_beside_two_maps_the_surest_first(tiles: list[tuple[
     assert grid is not None and grid.dtype == np.uint8 and grid.ndim == 3
     captions = [caption for _, caption in tiles]
     assert [caption.split("\n")[1] for caption in captions] == [test.image_ids[2], test.image_ids[7]]
-    assert captions[0].startswith(f"said 0 (94%), is {test.labels[2]}")
+    assert captions[0].startswith(f"predicted 0 (94%), is {test.labels[2]}")
     assert tiles[0][0].shape == (TILE, 3 * TILE + 2 * GAP, 3)
     assert (tiles[0][0][2::4, 2:TILE:4] == test.image(2)).all()
 

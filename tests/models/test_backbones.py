@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from yolo.config import Config
 from yolo.errors import UsageError, UserError
-from yolo.explain.cam import Cell, explain_cells, trace_detector
+from yolo.explain.cam import CamSettings, Cell, explain_cells, trace_detector
 from yolo.inference.fast import fuse
 from yolo.models.backbones import TimmBackbone, lite_state, make_backbone
 from yolo.models.darknet import Darknet53
@@ -303,5 +303,5 @@ def test_weights_of_a_detector_start_another_one_on_the_same_backbone_only(tmp_p
 def test_grad_cam_explains_a_box_from_the_layers_before_its_neck(lite: YoloV3, layer: str) -> None:
     image = np.random.default_rng(0).integers(0, 256, (80, 120, 3), dtype=np.uint8)
     trace = trace_detector(lite, image, 64)
-    (explained,) = explain_cells(trace, [Cell(2, 1, 3, 4)], [0], "hirescam", "class", layer)
+    (explained,) = explain_cells(trace, [Cell(2, 1, 3, 4)], [0], CamSettings(layer=layer))
     assert explained.heat.shape == (80, 120) and np.isfinite(explained.heat).all()

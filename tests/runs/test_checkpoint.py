@@ -17,6 +17,7 @@ from yolo.runs.checkpoint import (
     find_newest,
     load_checkpoint,
     prune_checkpoints,
+    resolve_checkpoint,
     save_checkpoint,
     set_aside,
 )
@@ -156,3 +157,19 @@ def test_saving_is_due_by_steps_or_by_time(tmp_path: Path, monkeypatch: pytest.M
     assert by_time.is_due(1)
     by_time.save(content(1))
     assert not by_time.is_due(2)
+
+
+def test_a_run_folder_stands_for_its_best_checkpoint_and_else_for_the_newest(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path / "checkpoints", "1")
+    first, second = (writer.save({"epoch": 0, "step": step, "lr": 0.1, "model": {}}) for step in (1, 2))
+    assert resolve_checkpoint(tmp_path) == second
+    writer.mark_best(first)
+    assert resolve_checkpoint(str(tmp_path)) == first
+    first.unlink()
+    assert resolve_checkpoint(tmp_path) == second
+    assert resolve_checkpoint("any/file.ckpt") == Path("any/file.ckpt")
+
+
+def test_a_folder_without_checkpoints_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        resolve_checkpoint(tmp_path)

@@ -45,8 +45,8 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def explain(*words: object) -> int:
-    return gradcam.main([str(word) for word in words])
+def explain(*argv: object) -> int:
+    return gradcam.main([str(word) for word in argv])
 
 
 def test_one_picture_becomes_one_png_of_panels_side_by_side(detector, pictures, tmp_path, capsys):

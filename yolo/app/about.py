@@ -1,4 +1,4 @@
-"""What is to be known about a model: its card, its results, its classes, and how to read a heat map."""
+"""A model's card, its results, its classes, and how to read a heat map."""
 
 from collections.abc import Sequence
 from html import escape
@@ -52,21 +52,18 @@ OWN_DATA = "a data set of its own. Whoever publishes this model should name the 
 HOW_TO_READ = """
 ### How to read a heat map
 
-A detection answers one question: *which part of the picture spoke for this box?* The network is asked for
-the number that it gave (the class, the objectness, or both together), and that number is traced back to the
-map that enters the box's own detection block. **Red** is the strongest evidence in this picture, **blue** is
-weak, and where the picture looks untouched there was none. Every map is scaled to its own maximum: compare
-places within a map, never two maps.
+Grad-CAM shows *which part of the picture raised the score of this box*: a number of its prediction (the
+class, the objectness, or both together) is traced back to the map that enters the box's own detection block.
+**Red** is the strongest evidence in this picture, **blue** is weak, and where the picture looks untouched
+there was none. Every map is scaled to its own maximum: compare places within a map, never two maps.
 
 - **Beside the object?** The surroundings decided. That is worth knowing: such a model fails when they
   change.
-- **A missed object** is shown by a dashed frame. Its map says what the network saw where it should have
-  found it.
-- **"Nothing speaks for it"** means that no place raised that number. The map then stays empty, on
-  purpose.
+- **A missed object** is shown by a dashed frame. Its map is that of the cell that should have found it.
+- **"The map is empty"** means that no place raised that number.
 - **Methods.** *HiResCAM* and *LayerCAM* weigh each place by itself. *Grad-CAM* averages its weights over the
-  whole picture, so it can light up other objects of the kind, or nothing. *EigenCAM* ignores the question: it
-  shows the same map for every box, and stands here for comparison only.
+  whole picture, so it can light up other objects of the kind, or nothing. *EigenCAM* ignores the target: it
+  shows the same map for every box, and is here for comparison only.
 
 A map cannot tell *why* a place counted, nor that nothing else would have done. It is as coarse as its
 layer: a cell of stride 32 is 32 network pixels wide.

@@ -5,10 +5,18 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from yolo.app.detector import MapSettings
+from yolo.app.detector import resized
 from yolo.app.samples import Mistake, SampleSet
 from yolo.app.uploads import read_picture
-from yolo.explain.cam import CLASSIFIER_METHOD, Explanation, classify, explain_classification, overlay
+from yolo.explain.cam import (
+    CLASSIFIER_CAM,
+    OPACITY,
+    CamSettings,
+    Explanation,
+    classify,
+    explain_classification,
+    overlay,
+)
 from yolo.models.resnet import ResNet
 from yolo.runs.checkpoint import LoadedWeights
 
@@ -17,8 +25,8 @@ TILE_SIDE = 160
 
 
 @dataclass(frozen=True, eq=False)
-class Judgement:
-    """A picture and what the classifier says about it."""
+class Classification:
+    """A picture and the probabilities of its classes."""
 
     pixels: np.ndarray  # [H, W, 3] uint8 RGB
     probabilities: np.ndarray  # [C]
@@ -37,29 +45,24 @@ class Classifier:
         self.model = loaded.model
         self.class_names = loaded.class_names
 
-    def judge(self, pixels: np.ndarray) -> Judgement:
+    def classify(self, pixels: np.ndarray) -> Classification:
         """Classify a picture [H, W, 3] of any shape."""
-        return Judgement(pixels, classify(self.model, pixels).numpy())
+        return Classification(pixels, classify(self.model, pixels).numpy())
 
-    def explain(
-        self, pixels: np.ndarray, label: int, method: str = CLASSIFIER_METHOD, layer: str = "auto"
-    ) -> Explanation:
+    def explain(self, pixels: np.ndarray, label: int, settings: CamSettings = CLASSIFIER_CAM) -> Explanation:
         """Return the heat map of a class."""
-        return explain_classification(self.model, pixels, label, method=method, layer=layer)
+        return explain_classification(self.model, pixels, label, settings)
 
     def mistake_tile(self, samples: SampleSet, mistake: Mistake) -> np.ndarray:
-        """Return a misclassified image beside what spoke for the wrong class."""
+        """Return a misclassified image beside the Grad-CAM of the wrong class."""
         pixels = read_picture(samples.folder / mistake.file).pixels
         explanation = self.explain(pixels, mistake.predicted)
-        opacities = (0.0, MapSettings().opacity)
-        return np.hstack([draw_map(pixels, explanation, opacity, TILE_SIDE) for opacity in opacities])
+        return np.hstack([draw_map(pixels, explanation, opacity, TILE_SIDE) for opacity in (0.0, OPACITY)])
 
 
 def draw_map(
     pixels: np.ndarray, explanation: Explanation, opacity: float, side: int = SHOWN_SIDE
 ) -> np.ndarray:
     """Paint a heat map over its picture, whose longest side becomes `side`."""
-    zoom = side / max(pixels.shape[:2])
-    size = tuple(max(1, round(edge * zoom)) for edge in pixels.shape[1::-1])
-    shown = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if zoom < 1 else cv2.INTER_CUBIC)
-    return overlay(shown, cv2.resize(explanation.heat, size), opacity)
+    shown = resized(pixels, side)
+    return overlay(shown, cv2.resize(explanation.heat, shown.shape[1::-1]), opacity)

@@ -1,27 +1,27 @@
-"""The Classify tab: a picture, its likeliest classes, what spoke for each, and the classifier's mistakes."""
+"""The Classify tab: a picture, its likeliest classes, the heat map of each, and the mistakes."""
 
 from typing import Any
 
 import gradio as gr
 
-from yolo.app.classifier import Classifier, Judgement, draw_map
+from yolo.app.classifier import Classification, Classifier, draw_map
 from yolo.app.samples import SampleSet
 from yolo.app.uploads import Picture, read_picture
 from yolo.app.widgets import (
     METHOD_CHOICES,
     METHOD_NAMES,
-    OPACITY,
     QUEUE,
     RESULT,
     SCALE_BAR,
     Updates,
     ask_for_picture,
     clear_on_failure,
+    map_notes,
     picture_input,
     samples_gallery,
     store_image,
 )
-from yolo.explain.cam import CLASSIFIER_LAYERS, CLASSIFIER_METHOD, TARGET_BLIND, Explanation
+from yolo.explain.cam import CLASSIFIER_LAYERS, CLASSIFIER_METHOD, OPACITY, CamSettings, Explanation
 
 TOP_CLASSES = 5
 PREDICTED = -1  # the choice of the target menu that follows the prediction
@@ -34,7 +34,7 @@ class ClassifyTab:
     def __init__(self, classifier: Classifier, samples: SampleSet | None) -> None:
         self.classifier = classifier
         self.samples = samples
-        self.judgement = gr.State(None, time_to_live=3600)
+        self.result = gr.State(None, time_to_live=3600)
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
                 self._lay_out_inputs()
@@ -47,56 +47,55 @@ class ClassifyTab:
         """Show the first sample, so that nobody meets an empty page."""
         if not self.samples or not self.samples.samples:
             return gr.skip()
-        return self._judge(
-            self._read(self.samples.samples[0].file), PREDICTED, CLASSIFIER_METHOD, "auto", OPACITY
-        )
+        picture = self._read(self.samples.samples[0].file)
+        return self._classify(picture, PREDICTED, CLASSIFIER_METHOD, "auto", OPACITY)
 
     def on_picture(
         self, picture: Picture | None, target: int, method: str, layer: str, opacity: float
     ) -> Updates:
         """Classify a picture of the person's own."""
-        return gr.skip() if picture is None else self._judge(picture, target, method, layer, opacity)
+        return gr.skip() if picture is None else self._classify(picture, target, method, layer, opacity)
 
     def on_sample(self, number: int, target: int, method: str, layer: str, opacity: float) -> Updates:
         """Classify a sample."""
         assert self.samples is not None
         picture = self._read(self.samples.samples[number].file)
-        return {self.upload: None, **self._judge(picture, target, method, layer, opacity)}
+        return {self.upload: None, **self._classify(picture, target, method, layer, opacity)}
 
     def on_setting(
-        self, judgement: Judgement | None, target: int, method: str, layer: str, opacity: float
+        self, result: Classification | None, target: int, method: str, layer: str, opacity: float
     ) -> Updates:
         """Explain again, with other settings."""
-        if judgement is None:
+        if result is None:
             return ask_for_picture()
-        return self._explained(judgement, target, method, layer, opacity)
+        return self._explain(result, target, method, layer, opacity)
 
     def on_mistake(self, method: str, layer: str, opacity: float, choice: gr.SelectData) -> Updates:
-        """Show a mistake large, with what spoke for the wrong class."""
+        """Show a mistake large, with the heat map of the wrong class."""
         assert self.samples is not None
         picture = self._read(self.samples.mistakes[choice.index].file)
-        return {self.target: PREDICTED, **self._judge(picture, PREDICTED, method, layer, opacity)}
+        return {self.target: PREDICTED, **self._classify(picture, PREDICTED, method, layer, opacity)}
 
     def _read(self, file: str) -> Picture:
         assert self.samples is not None
         return read_picture(self.samples.folder / file)
 
-    def _judge(self, picture: Picture, target: int, method: str, layer: str, opacity: float) -> Updates:
-        judgement = self.classifier.judge(picture.pixels)
+    def _classify(self, picture: Picture, target: int, method: str, layer: str, opacity: float) -> Updates:
+        result = self.classifier.classify(picture.pixels)
         names = self.classifier.class_names
         return {
-            self.judgement: judgement,
-            self.probabilities: dict(zip(names, judgement.probabilities.tolist(), strict=True)),
-            **self._explained(judgement, target, method, layer, opacity),
+            self.result: result,
+            self.probabilities: dict(zip(names, result.probabilities.tolist(), strict=True)),
+            **self._explain(result, target, method, layer, opacity),
         }
 
-    def _explained(
-        self, judgement: Judgement, target: int, method: str, layer: str, opacity: float
+    def _explain(
+        self, result: Classification, target: int, method: str, layer: str, opacity: float
     ) -> Updates:
-        label = judgement.label if target == PREDICTED else target
-        explanation = self.classifier.explain(judgement.pixels, label, method, layer)
+        label = result.label if target == PREDICTED else target
+        explanation = self.classifier.explain(result.pixels, label, CamSettings(method, layer=layer))
         name = self.classifier.class_names[label]
-        picture = store_image(draw_map(judgement.pixels, explanation, opacity))
+        picture = store_image(draw_map(result.pixels, explanation, opacity))
         return {
             self.map: gr.Image(picture, label=f"{METHOD_NAMES[method]} · {name}"),
             self.caption: _caption(name, explanation),
@@ -149,7 +148,7 @@ class ClassifyTab:
     def _wire(self) -> None:
         settings: list[Any] = [self.target, self.method, self.layer, self.opacity]
         mapped = [self.map, self.caption]
-        self.shown = [self.judgement, self.probabilities, *mapped]
+        self.shown = [self.result, self.probabilities, *mapped]
         uploaded = self.upload.change(
             self.on_picture, [self.upload, *settings], self.shown, api_name="classify", **QUEUE
         )
@@ -163,7 +162,7 @@ class ClassifyTab:
         )
         for control in settings:
             control.input(
-                self.on_setting, [self.judgement, *settings], mapped, trigger_mode="always_last",
+                self.on_setting, [self.result, *settings], mapped, trigger_mode="always_last",
                 show_progress="hidden", api_name="explain_class", **QUEUE,
             )  # fmt: skip
         if self.mistakes:
@@ -173,19 +172,15 @@ class ClassifyTab:
 
 
 def _caption(name: str, explanation: Explanation) -> str:
-    how = f"{METHOD_NAMES[explanation.method]}, {explanation.layer}"
-    text = f"**{name}, {explanation.score:.1%}.** What spoke for this class ({how})."
-    if explanation.is_zero:
-        return f"{text} **Nothing in this layer speaks for it: the map is empty.**"
-    if explanation.method in TARGET_BLIND:
-        return f"{text} This method ignores the class: every class gets the same map."
-    return text
+    method = METHOD_NAMES[explanation.method]
+    text = f"**{name}, {explanation.score:.1%}.** {method} of this class, at {explanation.layer}."
+    return text + map_notes(explanation)
 
 
 def _mistakes_text(samples: SampleSet) -> str:
     if not samples.mistakes:
         return f"Of {samples.tested:,} test images ({samples.data}), none was classified wrongly."
     return (
-        f"Of {samples.tested:,} test images ({samples.data}), the mistakes that it was most sure of. On the "
-        "right of each: what spoke for the wrong class."
+        f"Of {samples.tested:,} test images ({samples.data}), the most confident mistakes. On the right "
+        "of each: Grad-CAM of the wrong class."
     )

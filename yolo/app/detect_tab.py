@@ -1,4 +1,4 @@
-"""The Detect tab: a picture, its detections, and beside them why."""
+"""The Detect tab: a picture, its detections, and beside them the heat map of one."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,13 +9,12 @@ import gradio as gr
 
 from yolo.app.detector import (
     COLUMNS,
-    Detector,
-    Finding,
-    MapSettings,
+    Detection,
+    DetectionExplainer,
     Thresholds,
     View,
     at_point,
-    draw_findings,
+    draw_detections,
     draw_map,
     to_csv,
     to_json,
@@ -26,19 +25,19 @@ from yolo.app.uploads import Picture, read_picture
 from yolo.app.widgets import (
     METHOD_CHOICES,
     METHOD_NAMES,
-    OPACITY,
     QUEUE,
     RESULT,
     SCALE_BAR,
     Updates,
     ask_for_picture,
     clear_on_failure,
+    map_notes,
     picture_input,
     samples_gallery,
     store_file,
     store_image,
 )
-from yolo.explain.cam import DETECTOR_METHOD, TARGET_BLIND, Explanation
+from yolo.explain.cam import DETECTOR_CAM, DETECTOR_METHOD, OPACITY, CamSettings, Explanation
 from yolo.metrics.report import SHOWN_SCORE
 
 CACHED_SAMPLES = 32
@@ -53,10 +52,10 @@ class DetectTab:
     (`/detect`, `/filter`, `/explain`, ...) from them.
     """
 
-    def __init__(self, detector: Detector, samples: SampleSet | None) -> None:
+    def __init__(self, detector: DetectionExplainer, samples: SampleSet | None) -> None:
         self.detector = detector
         self.samples = samples
-        self.look_at_sample = lru_cache(CACHED_SAMPLES)(self._look_at_sample)
+        self.trace_sample = lru_cache(CACHED_SAMPLES)(self._trace_sample)
         self.view = gr.State(None, time_to_live=3600)
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
@@ -69,9 +68,9 @@ class DetectTab:
         """Show the first sample, so that nobody meets an empty page."""
         if not self.samples or not self.samples.samples:
             return gr.skip()
-        view = self.look_at_sample(0)
+        view = self.trace_sample(0)
         thresholds = Thresholds(SHOWN_SCORE, self.detector.default_iou)
-        return {self.view: view, **self._present(view, thresholds, MapSettings())}
+        return {self.view: view, **self._update(view, thresholds, DETECTOR_CAM, OPACITY)}
 
     def on_picture(
         self,
@@ -86,17 +85,17 @@ class DetectTab:
         """Detect on a picture of the person's own, and explain the most confident box."""
         if picture is None:
             return gr.skip()
-        view = self.detector.look(picture)
-        settings = MapSettings(method, target, layer, opacity)
-        return {self.view: view, **self._present(view, Thresholds(score, iou), settings)}
+        view = self.detector.trace(picture)
+        settings = CamSettings(method, target, layer)
+        return {self.view: view, **self._update(view, Thresholds(score, iou), settings, opacity)}
 
     def on_sample(
         self, number: int, score: float, iou: float, method: str, target: str, layer: str, opacity: float
     ) -> Updates:
-        """Detect on a sample; the network sees each sample once."""
-        view = self.look_at_sample(number)
-        settings = MapSettings(method, target, layer, opacity)
-        return {self.upload: None, self.view: view, **self._present(view, Thresholds(score, iou), settings)}
+        """Detect on a sample; the network runs once for each."""
+        view = self.trace_sample(number)
+        updates = self._update(view, Thresholds(score, iou), CamSettings(method, target, layer), opacity)
+        return {self.upload: None, self.view: view, **updates}
 
     def on_thresholds(
         self,
@@ -109,10 +108,11 @@ class DetectTab:
         layer: str,
         opacity: float,
     ) -> Updates:
-        """Filter anew what the network said; the map changes only if its box is gone."""
+        """Filter the predictions anew; the map changes only if its box is gone."""
         if view is None:
             return ask_for_picture()
-        return self._present(view, Thresholds(score, iou), MapSettings(method, target, layer, opacity), key)
+        settings = CamSettings(method, target, layer)
+        return self._update(view, Thresholds(score, iou), settings, opacity, key)
 
     def on_choice(
         self,
@@ -128,9 +128,9 @@ class DetectTab:
         """Explain what is chosen in the list, with the method and layer of the menus."""
         if view is None:
             return ask_for_picture()
-        findings = self.detector.findings(view, Thresholds(score, iou))
-        chosen = _by_key(findings, key) or findings[0]
-        return self._explained(view, findings, chosen, MapSettings(method, target, layer, opacity))
+        detections = self.detector.detections(view, Thresholds(score, iou))
+        chosen = _by_key(detections, key) or detections[0]
+        return self._explain(view, detections, chosen, CamSettings(method, target, layer), opacity)
 
     def on_click(
         self,
@@ -147,55 +147,63 @@ class DetectTab:
         """Explain the box under the pointer."""
         if view is None:
             return ask_for_picture()
-        findings = self.detector.findings(view, Thresholds(score, iou))
+        detections = self.detector.detections(view, Thresholds(score, iou))
         x, y = (edge / view.zoom for edge in click.index)
-        chosen = at_point(findings, x, y)
+        chosen = at_point(detections, x, y)
         if chosen is None:
             return gr.skip()
-        settings = MapSettings(method, target, layer, opacity)
-        return {self.list: chosen.key, **self._explained(view, findings, chosen, settings)}
+        settings = CamSettings(method, target, layer)
+        return {self.list: chosen.key, **self._explain(view, detections, chosen, settings, opacity)}
 
-    def _look_at_sample(self, number: int) -> View:
+    def _trace_sample(self, number: int) -> View:
         assert self.samples is not None
         sample = self.samples.samples[number]
-        return self.detector.look(read_picture(self.samples.folder / sample.file), sample.annotation)
+        return self.detector.trace(read_picture(self.samples.folder / sample.file), sample.annotation)
 
-    def _present(
-        self, view: View, thresholds: Thresholds, settings: MapSettings, key: str | None = None
+    def _update(
+        self,
+        view: View,
+        thresholds: Thresholds,
+        settings: CamSettings,
+        opacity: float,
+        key: str | None = None,
     ) -> Updates:
-        """Update list, table and files; explain anew unless the finding `key` is still there."""
+        """Update list, table and files; explain anew unless the detection `key` is still there."""
         names = self.detector.class_names
-        findings = self.detector.findings(view, thresholds)
-        kept = _by_key(findings, key)
-        chosen = kept or findings[0]
-        csv, json = to_csv(view, findings, names), to_json(view, findings, names, thresholds)
+        detections = self.detector.detections(view, thresholds)
+        kept = _by_key(detections, key)
+        chosen = kept or detections[0]
+        csv, json = to_csv(view, detections, names), to_json(view, detections, names, thresholds)
         updates = {
-            self.list: gr.Radio(
-                [(_title(finding, names), finding.key) for finding in findings], value=chosen.key
-            ),
-            self.table: to_rows(view, findings, names),
+            self.list: gr.Radio([(_title(one, names), one.key) for one in detections], value=chosen.key),
+            self.table: to_rows(view, detections, names),
             self.csv: store_file(csv.encode(), "detections.csv"),
             self.json: store_file(json.encode(), "detections.json"),
         }
         if kept is None:
-            return updates | self._explained(view, findings, chosen, settings)
-        return updates | {self.boxes: store_image(draw_findings(view, findings, names, chosen))}
+            return updates | self._explain(view, detections, chosen, settings, opacity)
+        return updates | {self.boxes: store_image(draw_detections(view, detections, names, chosen))}
 
-    def _explained(
-        self, view: View, findings: list[Finding], chosen: Finding, settings: MapSettings
+    def _explain(
+        self,
+        view: View,
+        detections: list[Detection],
+        chosen: Detection,
+        settings: CamSettings,
+        opacity: float,
     ) -> Updates:
         layers = self.detector.layers(view, chosen)
         if settings.layer not in layers:
             settings = replace(settings, layer="auto")
         explanation = self.detector.explain(view, chosen, settings)
-        name = self.detector.class_names[chosen.label]
+        names = self.detector.class_names
         return {
-            self.boxes: store_image(draw_findings(view, findings, self.detector.class_names, chosen)),
+            self.boxes: store_image(draw_detections(view, detections, names, chosen)),
             self.map: gr.Image(
-                store_image(draw_map(view, chosen, explanation, settings.opacity)),
-                label=f"{METHOD_NAMES[settings.method]} · {name}",
+                store_image(draw_map(view, chosen, explanation, opacity)),
+                label=f"{METHOD_NAMES[settings.method]} · {names[chosen.label]}",
             ),
-            self.caption: _caption(chosen, name, explanation),
+            self.caption: _caption(chosen, names[chosen.label], explanation),
             self.layer: gr.Dropdown(
                 [(_layer_name(layer, view), layer) for layer in layers], value=settings.layer
             ),
@@ -220,12 +228,12 @@ class DetectTab:
         gr.HTML(SCALE_BAR)
         self.list = gr.Radio(
             label="Explain: click a box in the picture, or choose here",
-            elem_id="findings",
-            elem_classes="findings",
+            elem_id="detections",
+            elem_classes="detections",
         )
         with gr.Row():
             self.score = gr.Slider(
-                0.05, 0.95, SHOWN_SCORE, step=0.01, label="Least score", elem_id="score", min_width=240
+                0.05, 0.95, SHOWN_SCORE, step=0.01, label="Confidence", elem_id="score", min_width=240
             )
             iou, label = self.detector.default_iou, "Overlap at which two boxes are one"
             self.iou = gr.Slider(0.1, 0.9, iou, step=0.05, label=label, min_width=240)
@@ -274,15 +282,15 @@ class DetectTab:
             control.input(self.on_choice, current, mapped, api_visibility="private", **quick)
 
 
-def _by_key(findings: Sequence[Finding], key: str | None) -> Finding | None:
-    return next((finding for finding in findings if finding.key == key), None)
+def _by_key(detections: Sequence[Detection], key: str | None) -> Detection | None:
+    return next((one for one in detections if one.key == key), None)
 
 
-def _title(finding: Finding, class_names: Sequence[str]) -> str:
-    name = class_names[finding.label]
-    if finding.kind == "picture":
+def _title(detection: Detection, class_names: Sequence[str]) -> str:
+    name = class_names[detection.label]
+    if detection.kind == "picture":
         return f"{name} · whole picture"
-    return f"{name} · missed" if finding.score is None else f"{name} · {finding.score:.0%}"
+    return f"{name} · missed" if detection.score is None else f"{name} · {detection.score:.0%}"
 
 
 def _layer_name(layer: str, view: View) -> str:
@@ -293,24 +301,19 @@ def _layer_name(layer: str, view: View) -> str:
     return f"stride {stride}: {cells} x {cells} cells"
 
 
-def _caption(finding: Finding, name: str, explanation: Explanation) -> str:
-    how = f"{METHOD_NAMES[explanation.method]}, {explanation.layer}"
-    if finding.kind == "found":
+def _caption(detection: Detection, name: str, explanation: Explanation) -> str:
+    method, layer = METHOD_NAMES[explanation.method], explanation.layer
+    if detection.kind == "found":
+        target = TARGET_NAMES[explanation.target]
+        text = f"**{name}, {explanation.score:.0%}.** {method} of {target}, at {layer}."
+    elif detection.kind == "missed":
         text = (
-            f"**{name}, {explanation.score:.0%}.** What spoke for {TARGET_NAMES[explanation.target]} ({how})."
-        )
-    elif finding.kind == "missed":
-        text = (
-            f"**{name}, missed.** What the network saw where it should have been found; its score there is "
-            f"{explanation.score:.1%} ({how})."
+            f"**{name}, missed.** {method} where it should have been found, at {layer}; "
+            f"its score there is {explanation.score:.1%}."
         )
     else:
         text = (
-            "**Nothing found with this score.** The map shows where the whole picture speaks for the "
-            f"likeliest class, {name}, whose best score is {explanation.score:.1%} ({how})."
+            f"**No detection with this confidence.** {method} of the likeliest class, {name}, over the "
+            f"whole picture, at {layer}; its best score is {explanation.score:.1%}."
         )
-    if explanation.is_zero:
-        return f"{text} **Nothing in this layer speaks for it: the map is empty.**"
-    if explanation.method in TARGET_BLIND:
-        return f"{text} This method ignores the question: every box gets the same map."
-    return text
+    return text + map_notes(explanation)

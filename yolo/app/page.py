@@ -9,16 +9,16 @@ from yolo.app.about import HOW_TO_READ, classes_html, model_card, model_name, re
 from yolo.app.classifier import Classifier
 from yolo.app.classify_tab import ClassifyTab
 from yolo.app.detect_tab import DetectTab
-from yolo.app.detector import Detector
+from yolo.app.detector import DetectionExplainer
+from yolo.app.models import Model
 from yolo.app.samples import SampleSet
-from yolo.app.space import Model
 from yolo.app.style import THEME, style_sheet
 from yolo.app.uploads import MAX_FILE_SIZE
 from yolo.app.widgets import QUEUE
 
 WAITING_PEOPLE = 64  # further ones are told to try again, instead of waiting for minutes
 PEOPLE_IN_MEMORY = 100  # a picture with its trace is up to 25 MB
-SUBTITLE = "What it sees in a picture, and what made it think so."
+SUBTITLE = "Predictions, each with its Grad-CAM heat map."
 FORGET_FILES = (600, 3600)  # seconds: look for old files, and how old they may get
 
 
@@ -30,7 +30,7 @@ def build_page(models: Mapping[str, Model], samples: Mapping[str, SampleSet | No
         with gr.Tabs():
             if "detection" in models:
                 with gr.Tab("Detect", id="detect"):
-                    detect = DetectTab(Detector(models["detection"].loaded), samples["detection"])
+                    detect = DetectTab(DetectionExplainer(models["detection"].loaded), samples["detection"])
                     page.load(detect.on_open, None, detect.shown, api_visibility="private", **QUEUE)
             if "classification" in models:
                 with gr.Tab("Classify", id="classify"):

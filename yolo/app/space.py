@@ -1,4 +1,4 @@
-"""Hugging Face: models from the Hub, and the folder that becomes a Space.
+"""The folder that becomes a Hugging Face Space, and its upload.
 
 Front matter of a Space: https://huggingface.co/docs/hub/spaces-config-reference
 """
@@ -6,8 +6,7 @@ Front matter of a Space: https://huggingface.co/docs/hub/spaces-config-reference
 import dataclasses
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,12 +15,11 @@ from typing import Any
 import yaml
 
 from yolo.app.about import TASKS, model_card, model_name, results_markdown
+from yolo.app.models import HUB_PAGE, Model, first_line
 from yolo.app.samples import SampleSet, read_samples, write_samples
-from yolo.errors import UsageError, UserError
-from yolo.runs.checkpoint import LoadedWeights, load_weights, public_results, publish_weights
+from yolo.errors import UserError
+from yolo.runs.checkpoint import load_weights, publish_weights
 
-HUB = "hf://"
-HUB_PAGE = "https://huggingface.co"
 # What app.py imports; gradio comes with the Space, in the version that its front matter names.
 PACKAGES = (
     "torch", "torchvision", "gradio", "grad-cam", "opencv-python", "albumentations", "numpy", "pillow",
@@ -29,47 +27,6 @@ PACKAGES = (
 )  # fmt: skip
 CPU_WHEELS = "--extra-index-url https://download.pytorch.org/whl/cpu"
 SYSTEM_PACKAGES = ("libgl1", "libglib2.0-0")  # of OpenCV
-
-
-@dataclass(frozen=True)
-class Model:
-    """A trained model and the page where it is published."""
-
-    loaded: LoadedWeights
-    url: str | None
-
-
-def bundled(folder: Path) -> list[str]:
-    """Return the weight files that lie beside the app.
-
-    Raises:
-        UsageError: if there are none.
-    """
-    files = sorted(str(path) for path in folder.glob("*.safetensors"))
-    if not files:
-        raise UsageError(f"{folder} holds no weights: name a --checkpoint")
-    return files
-
-
-def load_models(checkpoints: Sequence[str], model_url: str | None) -> dict[str, Model]:
-    """Load one detector, one classifier, or both, by task; detection comes first.
-
-    Raises:
-        UsageError: for two models of the same task.
-        UserError: for a file that cannot be read or fetched.
-    """
-    models: dict[str, Model] = {}
-    for name in checkpoints:
-        path, url = _locate(name)
-        loaded = load_weights(path)
-        if loaded.task in models:
-            other = models[loaded.task].loaded.path
-            raise UsageError(
-                f"--checkpoint {other} and {path} are both for {TASKS[loaded.task]}: name one of each task"
-            )
-        shown = dataclasses.replace(loaded, results=public_results(loaded))
-        models[loaded.task] = Model(shown, model_url or url)
-    return {task: models[task] for task in TASKS if task in models}
 
 
 def find_samples(
@@ -134,7 +91,7 @@ def push(folder: Path, name: str) -> str:
         api.create_repo(name, repo_type="space", space_sdk="gradio", exist_ok=True)
         api.upload_folder(repo_id=name, repo_type="space", folder_path=str(folder), delete_patterns="*")
     except Exception as error:  # huggingface_hub lets its HTTP library's errors through
-        raise UserError(f"--push {name}: {_first_line(error)}; `hf auth login` signs you in") from None
+        raise UserError(f"--push {name}: {first_line(error)}; `hf auth login` signs you in") from None
     return f"{HUB_PAGE}/spaces/{name}"
 
 
@@ -142,41 +99,6 @@ def requirements() -> str:
     """Return what a Space has to install, pinned to the versions at work here."""
     pins = [f"{package}=={version(package).split('+')[0]}" for package in PACKAGES]
     return "\n".join([CPU_WHEELS, *pins]) + "\n"
-
-
-def _locate(name: str) -> tuple[Path, str | None]:
-    """Return the local file of a checkpoint (fetched from the Hub if need be) and the page of its model."""
-    if not name.startswith(HUB):
-        return Path(name), None
-    owner, _, rest = name.removeprefix(HUB).partition("/")
-    repository, _, file = rest.partition("/")
-    if not owner or not repository:
-        raise UsageError(f"--checkpoint {name}: want {HUB}owner/name or {HUB}owner/name/file.safetensors")
-    repository = f"{owner}/{repository}"
-    return _fetch(name, repository, file), f"{HUB_PAGE}/{repository}"
-
-
-def _fetch(name: str, repository: str, file: str) -> Path:
-    from huggingface_hub import HfApi, hf_hub_download
-
-    try:
-        if not file:
-            files = [path for path in HfApi().list_repo_files(repository) if path.endswith(".safetensors")]
-            if len(files) != 1:
-                found = ", ".join(files) or "none"
-                raise UserError(
-                    f"--checkpoint {name}: want one .safetensors file there, found {found}; name it"
-                )
-            file = files[0]
-        return Path(hf_hub_download(repository, file))
-    except UserError:
-        raise
-    except Exception as error:  # as in `push`
-        raise UserError(f"--checkpoint {name}: cannot be fetched ({_first_line(error)})") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _copy_code(source: Path, space: Path) -> None:
@@ -234,7 +156,7 @@ def _front_matter(models: Mapping[str, Model]) -> dict[str, Any]:
         "python_version": f"{sys.version_info.major}.{sys.version_info.minor}",
         "app_file": "app.py",
         "license": "mit",
-        "short_description": "What it sees, and what made it think so",
+        "short_description": "Predictions, each with its Grad-CAM heat map",
         "tags": ["yolov3", "grad-cam", *(TASKS[task].replace(" ", "-") for task in models)],
         **({"models": linked} if linked else {}),
     }

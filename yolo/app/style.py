@@ -29,15 +29,15 @@ CSS = """
 .chip { display: inline-flex; align-items: center; gap: 7px; padding: 3px 11px 3px 8px; border-radius: 999px;
   border: 1px solid var(--border-color-primary); background: var(--background-fill-primary); }
 .chip i { width: 11px; height: 11px; border-radius: 50%; }
-.findings > .wrap { max-height: 172px; overflow-y: auto; gap: 8px; padding: 2px; }
-.findings label { padding: 5px 12px 5px 10px; border-radius: 999px; font-variant-numeric: tabular-nums; }
-.findings label input { position: absolute; opacity: 0; }
-.findings label span { margin-left: 0; }
-.findings label::before { content: ""; width: 11px; height: 11px; border-radius: 50%; margin-right: 7px;
+.detections > .wrap { max-height: 172px; overflow-y: auto; gap: 8px; padding: 2px; }
+.detections label { padding: 5px 12px 5px 10px; border-radius: 999px; font-variant-numeric: tabular-nums; }
+.detections label input { position: absolute; opacity: 0; }
+.detections label span { margin-left: 0; }
+.detections label::before { content: ""; width: 11px; height: 11px; border-radius: 50%; margin-right: 7px;
   flex: none; background: var(--body-text-color-subdued); }
-.findings label.selected { border-color: var(--color-accent); box-shadow: 0 0 0 1px var(--color-accent); }
-.findings label:has(input:focus-visible) { outline: 2px solid var(--color-accent); outline-offset: 2px; }
-.findings label:has(input[value^="missed"]) { border-style: dashed; }
+.detections label.selected { border-color: var(--color-accent); box-shadow: 0 0 0 1px var(--color-accent); }
+.detections label:has(input:focus-visible) { outline: 2px solid var(--color-accent); outline-offset: 2px; }
+.detections label:has(input[value^="missed"]) { border-style: dashed; }
 .samples > .gallery { display: grid; grid-template-columns: repeat(4, 1fr); gap: 8px; width: 100%; }
 .samples .gallery-item, .samples .gallery-item .container { width: 100%; height: auto; aspect-ratio: 1;
   max-height: none; max-width: none; }
@@ -60,9 +60,10 @@ footer > .divider:last-child { display: none; }
 
 
 def style_sheet(num_classes: int) -> str:
-    """Return the style sheet, in which each finding of the list carries the colour of its class."""
+    """Return the style sheet, in which each detection of the list carries the colour of its class."""
     dots = (
-        f'.findings label:has(input[value$="-{label}"])::before {{ background: rgb{class_color(label)}; }}\n'
+        f'.detections label:has(input[value$="-{label}"])::before '
+        f"{{ background: rgb{class_color(label)}; }}\n"
         for label in range(num_classes)
     )
     return CSS + "".join(dots)

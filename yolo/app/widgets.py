@@ -13,11 +13,10 @@ import gradio as gr
 import numpy as np
 from gradio.utils import get_upload_folder
 
-from yolo.app.detector import MapSettings
 from yolo.app.samples import SampleSet
 from yolo.app.uploads import Picture, read_picture
 from yolo.errors import UserError
-from yolo.explain.cam import METHODS
+from yolo.explain.cam import METHODS, TARGET_BLIND, Explanation
 
 Updates = dict[Any, Any]  # component -> new value, as Gradio takes them
 
@@ -29,7 +28,6 @@ _SPELLING = {
     "layercam": "LayerCAM",
     "eigencam": "EigenCAM",
 }
-OPACITY = MapSettings().opacity
 METHOD_NAMES = {method: _SPELLING.get(method, method) for method in METHODS}
 METHOD_CHOICES = [(name, method) for method, name in METHOD_NAMES.items()]
 QUEUE: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 2}
@@ -115,7 +113,15 @@ def samples_gallery(samples: SampleSet | None) -> gr.Dataset:
     )
 
 
+def map_notes(explanation: Explanation) -> str:
+    """Return what a caption has to add about an empty map, or one that is the same for every target."""
+    if explanation.is_zero:
+        return " **The map is empty: nothing in this layer raises this score.**"
+    blind = explanation.method in TARGET_BLIND
+    return " This method gives the same map for every box and class." if blind else ""
+
+
 def ask_for_picture() -> Updates:
-    """Tell somebody whose picture was forgotten, or who never chose one."""
+    """Ask for a picture where none was chosen, or it was deleted."""
     gr.Info("Please choose a picture first: there is none, or it was not used for an hour.")
     return gr.skip()

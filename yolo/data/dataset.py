@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from yolo.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+JPEG_START = b"\xff\xd8"
 # decoded in several workers at once, more than this fills the memory of a small machine
 MAX_PIXELS = 64_000_000
 # pixels; must be exceeded. In VOC's inclusive pixels a box with xmin = xmax is one pixel wide
@@ -240,7 +241,7 @@ def read_rgb(
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if size is None:
         return decode_rgb(path, encoded, 1, follow_exif)
-    is_jpeg = encoded[:2].tobytes() == b"\xff\xd8"  # whatever its name says
+    is_jpeg = encoded[:2].tobytes() == JPEG_START  # whatever its name says
     shrink = _shrink(size, min_side) if is_jpeg else 1
     for turn in (follow_exif, True):
         image = decode_rgb(path, encoded, shrink, turn)

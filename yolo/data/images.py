@@ -2,14 +2,15 @@
 
 import glob
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from yolo.data.dataset import IMAGE_SUFFIXES, Annotation
-from yolo.data.mosaic import compose, letterbox_tile
-from yolo.errors import UsageError
+from yolo.data.dataset import IMAGE_SUFFIXES, JPEG_START, Annotation, header_size, read_rgb
+from yolo.data.mosaic import letterboxed_canvas
+from yolo.errors import UsageError, UserError
 from yolo.files import find
 
 
@@ -30,8 +31,44 @@ def list_pictures(pattern: str) -> list[Path]:
     return pictures
 
 
-def letterboxed(image: np.ndarray, size: int) -> Tensor:
-    """Return an image [H, W, 3] uint8 of any shape as a test shows it to a detector: [3, S, S] uint8."""
-    note = Annotation(np.zeros((0, 4)), np.zeros(0), np.zeros(0), *image.shape[:2])
-    canvas = compose([letterbox_tile(0, note, size)], [image], [note], size).image
-    return torch.from_numpy(canvas).permute(2, 0, 1)
+class Letterboxed(NamedTuple):
+    """A picture as a detector is shown it."""
+
+    image: Tensor  # [3, S, S] uint8 RGB
+    height: int  # of the original picture
+    width: int
+
+
+def letterboxed(source: str | Path | np.ndarray, size: int) -> Letterboxed:
+    """Show a picture to a detector as a test does: the same decoding, scaling and frame.
+
+    Args:
+        source: an image file, or pixels [H, W, 3] uint8 RGB.
+        size: side S of the network input.
+
+    Raises:
+        UserError: naming a file that cannot be read, or the shape and type of what is no picture.
+    """
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
+            raise UserError(
+                f"an array {list(source.shape)} of {source.dtype} is no picture: want [H, W, 3] uint8 RGB"
+            )
+        image, (height, width) = source, source.shape[:2]
+    else:
+        stored = _jpeg_size(Path(source))
+        image = read_rgb(Path(source), stored, size)
+        height, width = stored or image.shape[:2]
+    note = Annotation(np.zeros((0, 4)), np.zeros(0), np.zeros(0), height, width)
+    canvas = letterboxed_canvas(image, note, size)
+    return Letterboxed(torch.from_numpy(canvas.image).permute(2, 0, 1), height, width)
+
+
+def _jpeg_size(path: Path) -> tuple[int, int] | None:
+    """Return (height, width) of a JPEG, the only kind that is decoded at a reduced size; else None."""
+    try:
+        with path.open("rb") as file:
+            is_jpeg = file.read(2) == JPEG_START
+    except OSError:
+        return None  # the decoder says why
+    return header_size(path, follow_exif=True) if is_jpeg else None

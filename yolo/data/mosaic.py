@@ -96,6 +96,11 @@ def compose(
     return Canvas(canvas, np.concatenate(boxes), np.concatenate(labels), np.concatenate(difficult))
 
 
+def letterboxed_canvas(image: np.ndarray, note: Annotation, size: int) -> Canvas:
+    """Return a whole image, possibly decoded at a reduced size, on its canvas, as in every test."""
+    return compose([letterbox_tile(0, note, size)], [image], [note], size)
+
+
 def _window(
     note: Annotation, region: tuple[int, int, int, int], size: int, rng: np.random.Generator
 ) -> tuple[int, int, int, int]:

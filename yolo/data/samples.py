@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from yolo.boxes import letterbox
 from yolo.config import Config
 from yolo.data.dataset import Annotation, DetectionDataset
-from yolo.data.mosaic import Tile, compose, letterbox_tile, mosaic_tiles
+from yolo.data.mosaic import Tile, compose, letterbox_tile, letterboxed_canvas, mosaic_tiles
 from yolo.data.samplers import SampleKey
 from yolo.data.transforms import Canvas, augment, build_transforms
 from yolo.errors import UserError
@@ -145,8 +145,7 @@ class EvalSamples(Dataset[tuple[np.ndarray, Target]]):
             UserError: naming the file that cannot be decoded.
         """
         note = self.dataset.annotation(index)
-        image = self.dataset.image(index, self.img_size)
-        canvas = compose([letterbox_tile(index, note, self.img_size)], [image], [note], self.img_size)
+        canvas = letterboxed_canvas(self.dataset.image(index, self.img_size), note, self.img_size)
         place = letterbox(note.height, note.width, self.img_size)
         return canvas.image, {
             **_target(canvas),

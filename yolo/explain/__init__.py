@@ -1,1 +1,1 @@
-"""Why the network says what it says: Grad-CAM and how faithful it is."""
+"""Grad-CAM and its relatives, drawn, and how faithful they are."""

@@ -1,4 +1,4 @@
-"""Why this box, and why not that one: class activation maps of the detector and of the classifier.
+"""Grad-CAM and its relatives: class activation maps of the detector and of the classifier.
 
 The maps are pytorch-grad-cam's. The detector runs once (`trace_detector`); the library then sees only a
 `Tail`, the part of the network from the explained layer up to one scale's output, fed the traced map once per
@@ -9,6 +9,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import cv2
@@ -26,6 +27,7 @@ from yolo.data.labelled import to_32
 from yolo.errors import UsageError
 from yolo.models.resnet import ResNet
 from yolo.models.yolov3 import STRIDES, YoloV3
+from yolo.runs.checkpoint import LoadedWeights
 
 Module = TypeVar("Module", bound=nn.Module)
 # From raw predictions [..., 5 + C], or logits, to the number that is explained.
@@ -44,13 +46,34 @@ METHODS: dict[str, type[BaseCAM]] = {
 # each cell. `gradcam.py --evaluate` measures the difference.
 DETECTOR_METHOD = "hirescam"
 CLASSIFIER_METHOD = "gradcam"
-TARGET_BLIND = {"eigencam"}  # the same map whatever is asked
+TARGET_BLIND = {"eigencam"}  # the same map for every target
 TARGETS = ("class", "object", "score")
 LAYERS = ("auto", *(f"stride{stride}" for stride in STRIDES), "fused")
 CLASSIFIER_LAYERS = ("auto", "layer1", "layer2", "layer3", "fused")
 BOXES_AT_ONCE = 16
+OPACITY = 0.7  # of the hottest pixel of an overlay
 REACH = 3  # cells: a neck and a head hold three 3x3 convolutions
 ZERO = 1e-3  # the library divides a map by (peak + 1e-7): a quotient below this is rounding, not evidence
+
+
+@dataclass(frozen=True)
+class CamSettings:
+    """How a heat map is made."""
+
+    method: str = DETECTOR_METHOD
+    """One of `METHODS`."""
+    target: str = "class"
+    """What is differentiated: `class` (the logit of the label), `object` (the objectness logit) or
+    `score` (the log of their product as probabilities). The logit of an only class is never trained:
+    `object` takes its place."""
+    layer: str = "auto"
+    """`auto` is what enters the neck of the box's own scale; `stride32` and so on what enters that neck,
+    if it is upstream of the box; `fused` the mean over all upstream ones. Of a classifier one of
+    `CLASSIFIER_LAYERS`; `auto` is the last map (4 x 4 cells), `fused` the mean of all."""
+
+
+DETECTOR_CAM = CamSettings()
+CLASSIFIER_CAM = CamSettings(CLASSIFIER_METHOD)
 
 
 class Cell(NamedTuple):
@@ -73,6 +96,7 @@ class Trace:
     place: Letterbox
     height: int  # of the original image
     width: int
+    class_loss: str  # what makes probabilities of class logits: softmax or sigmoid
 
 
 @dataclass(frozen=True)
@@ -80,7 +104,7 @@ class Explanation:
     """A heat map over the original image and what it is a map of."""
 
     heat: np.ndarray  # [height, width] float32 in [0, 1]; 1 is the map's peak (which may lie in the padding)
-    is_zero: bool  # nothing speaks for the target: `heat` is zero everywhere
+    is_zero: bool  # nothing raises the target: `heat` is zero everywhere
     method: str
     target: str  # what was differentiated: class, object or score
     layer: str  # where the map was taken, as in "stride 16"
@@ -88,93 +112,77 @@ class Explanation:
     score: float  # the model's score for `label`, at the explained prediction or (classifier) as probability
 
 
-def trace_detector(model: YoloV3, image: np.ndarray, size: int) -> Trace:
+def trace_detector(
+    model: YoloV3, source: str | Path | np.ndarray, size: int, class_loss: str = "softmax"
+) -> Trace:
     """Run the detector once and keep what its explanations need.
 
     Args:
         model: on any device; neither its mode nor its gradients are touched.
-        image: [H, W, 3] uint8 RGB, of any shape.
+        source: an image file, or pixels [H, W, 3] uint8 RGB, of any shape.
         size: side of the network input, to which the image is letterboxed.
+        class_loss: `softmax` or `sigmoid`, as trained.
 
     Returns:
-        The trace; its `outputs` are the model's, ready for `postprocess`.
+        The trace; its `outputs` are the model's, ready for `to_detections`.
     """
-    height, width = image.shape[:2]
-    images = to_canvas(image, size)
+    image, height, width = letterboxed(source, size)
     model = _frozen(model)
     with torch.no_grad():
-        neck_inputs, outputs = model.trace(images.to(next(model.parameters()).device))
-    return Trace(model, images, neck_inputs, outputs, letterbox(height, width, size), height, width)
+        neck_inputs, outputs = model.trace(image[None].to(next(model.parameters()).device))
+    place = letterbox(height, width, size)
+    return Trace(model, image[None], neck_inputs, outputs, place, height, width, class_loss)
 
 
-def to_canvas(image: np.ndarray, size: int) -> Tensor:
-    """Letterbox an image [H, W, 3] uint8 as a test does; return [1, 3, S, S] uint8."""
-    return letterboxed(image, size)[None]
+def trace_picture(loaded: LoadedWeights, source: str | Path | np.ndarray) -> Trace:
+    """As `trace_detector`, with the network, the size and the loss of a loaded detector."""
+    assert isinstance(loaded.model, YoloV3)
+    return trace_detector(loaded.model, source, loaded.test_size, loaded.config.loss_settings.class_loss)
 
 
 def explain_detections(
-    trace: Trace,
-    detections: dict[str, Tensor],
-    which: Sequence[int] | None = None,
-    *,
-    method: str = DETECTOR_METHOD,
-    target: str = "class",
-    layer: str = "auto",
+    trace: Trace, index: Sequence[int], labels: Sequence[int], settings: CamSettings = DETECTOR_CAM
 ) -> list[Explanation]:
     """Explain detections of the traced image.
 
     Args:
         trace: of the image.
-        detections: what `postprocess` returned for it (`index` and `labels` are used).
-        which: positions among the detections; default all.
-        method: one of `METHODS`.
-        target: `class` (the logit of its label), `object` (the objectness logit) or `score` (the log of their
-            product as probabilities). The logit of an only class is never trained: `object` takes its place.
-        layer: `auto` is what enters the neck of the box's own scale; `stride32` and so on what enters that
-            neck, if it lies upstream of the box; `fused` the mean over all upstream ones.
+        index: the place of each among all predictions, as `to_detections` returns it.
+        labels: of each.
+        settings: the method, the target and the layer.
 
     Raises:
-        UsageError: for an unknown name, or a layer that does not lie upstream of a box.
+        UsageError: for an unknown name, or a layer that is not upstream of a box.
     """
-    chosen = range(len(detections["index"])) if which is None else which
-    cells = [cell_of(int(detections["index"][i]), trace.outputs) for i in chosen]
-    return explain_cells(trace, cells, [int(detections["labels"][i]) for i in chosen], method, target, layer)
+    return explain_cells(trace, [cell_of(i, trace.outputs) for i in index], labels, settings)
 
 
 def explain_missed(
-    trace: Trace,
-    box: Tensor,
-    label: int,
-    anchors: Tensor,
-    *,
-    method: str = DETECTOR_METHOD,
-    target: str = "class",
-    layer: str = "auto",
+    trace: Trace, box: Tensor, label: int, anchors: Tensor, settings: CamSettings = DETECTOR_CAM
 ) -> Explanation:
-    """Explain what the prediction responsible for an object saw: the map of what it should have said.
+    """Explain an object that was not found, at the prediction responsible for it.
 
     Args:
         trace: of the image.
         box: [4] xyxy in pixels of the original image.
         label: of the object.
         anchors: [3, A, 2] pixels of the network input.
-        method: as in `explain_detections`.
-        target: likewise.
-        layer: likewise.
+        settings: as in `explain_detections`.
     """
     cell = responsible_cell(boxes_to_letterbox(box[None].float(), trace.place)[0], anchors, trace.place.size)
-    return explain_cells(trace, [cell], [label], method, target, layer)[0]
+    return explain_cells(trace, [cell], [label], settings)[0]
 
 
 def explain_cells(
-    trace: Trace, cells: Sequence[Cell], labels: Sequence[int], method: str, target: str, layer: str
+    trace: Trace, cells: Sequence[Cell], labels: Sequence[int], settings: CamSettings = DETECTOR_CAM
 ) -> list[Explanation]:
     """Explain any predictions of the traced image; see `explain_detections`."""
+    method, target = settings.method, settings.target
     _check(method, METHODS, "method")
     _check(target, TARGETS, "target")
     target = "object" if trace.model.num_classes == 1 and target == "class" else target
-    values = [_cell_value(label, target) for label in labels]
-    starts = [_start_scales(layer, cell.scale) for cell in cells]
+    values = [_cell_value(trace, label, target) for label in labels]
+    starts = [_start_scales(settings.layer, cell.scale) for cell in cells]
     heats = np.zeros((len(cells), trace.place.size, trace.place.size), dtype=np.float32)
     for boxes, start in _groups([cell.scale for cell in cells], starts):
         heats[boxes] += _cell_maps(
@@ -188,31 +196,31 @@ def explain_cells(
     ]
 
 
-def explain_class(
-    trace: Trace, label: int, *, method: str = DETECTOR_METHOD, layer: str = "auto"
-) -> Explanation:
-    """Explain where the whole image speaks for a class, detected or not.
+def explain_class(trace: Trace, label: int, settings: CamSettings = DETECTOR_CAM) -> Explanation:
+    """Explain where the whole image raises the score of a class, detected or not.
 
     Per scale the explained value is the log of the class's scores summed over all cells; the maps of the
-    scales are added, weighted by their share of that sum. `layer` may name a single scale instead.
+    scales are added, weighted by their share of that sum. `settings.layer` may name a single scale instead;
+    `settings.target` has no say.
 
     Returns:
         The map; its `score` is the class's highest over all predictions.
     """
+    method, layer = settings.method, settings.layer
     _check(method, METHODS, "method")
     scales = range(len(STRIDES)) if layer in ("auto", "fused") else [_scale_of(layer)]
-    log_scores = [_log_score(trace.outputs[scale], label) for scale in scales]
+    log_scores = [_log_scores(trace, trace.outputs[scale])[..., label] for scale in scales]
     shares = torch.stack([values.logsumexp((0, 1, 2, 3)) for values in log_scores]).softmax(0)
     heat = np.zeros((trace.place.size, trace.place.size), dtype=np.float32)
     for scale, share in zip(scales, shares.tolist(), strict=True):
-        tail = Tail(trace, scale, scale)
-        heat += share * _tail_maps(trace, tail, [_image_value(label)], method)[0]
+        value = [lambda raw: _log_scores(trace, raw)[..., label].logsumexp(0)]
+        heat += share * _tail_maps(trace, Tail(trace, scale, scale), value, method)[0]
     best = max(float(values.max().exp()) for values in log_scores)
     return Explanation(*_in_original(heat, trace), method, "score", _layer_name(scales), label, best)
 
 
 def explain_classification(
-    model: ResNet, image: np.ndarray, label: int, *, method: str = CLASSIFIER_METHOD, layer: str = "auto"
+    model: ResNet, image: np.ndarray, label: int, settings: CamSettings = CLASSIFIER_CAM
 ) -> Explanation:
     """Explain the logit of a class.
 
@@ -220,12 +228,12 @@ def explain_classification(
         model: the classifier; neither its mode nor its gradients are touched.
         image: [H, W, 3] uint8 RGB, resized to 32 x 32 as for training.
         label: of the class.
-        method: one of `METHODS`.
-        layer: one of `CLASSIFIER_LAYERS`; `auto` is the last map (4 x 4 cells), `fused` the mean of all.
+        settings: the method and the layer; the target is always the class.
 
     Returns:
         The map; its `score` is the probability of the class.
     """
+    method, layer = settings.method, settings.layer
     _check(method, METHODS, "method")
     _check(layer, CLASSIFIER_LAYERS, "layer")
     names = CLASSIFIER_LAYERS[1:-1] if layer == "fused" else ["layer3" if layer == "auto" else layer]
@@ -270,10 +278,10 @@ def responsible_cell(box: Tensor, anchors: Tensor, size: int) -> Cell:
     return Cell(scale, anchor, row, column)
 
 
-def likeliest_class(outputs: Sequence[Tensor]) -> int:
+def likeliest_class(trace: Trace) -> int:
     """Return the class of the highest score, however low: what to explain when nothing was detected."""
-    scores = [functional.logsigmoid(raw[..., 4:5]) + raw[..., 5:].log_softmax(-1) for raw in outputs]
-    return int(torch.stack([score.flatten(0, -2).amax(0) for score in scores]).amax(0).argmax())
+    scores = [_log_scores(trace, raw).flatten(0, -2).amax(0) for raw in trace.outputs]
+    return int(torch.stack(scores).amax(0).argmax())
 
 
 def from_letterbox(heat: np.ndarray, place: Letterbox, height: int, width: int) -> np.ndarray:
@@ -282,7 +290,7 @@ def from_letterbox(heat: np.ndarray, place: Letterbox, height: int, width: int) 
     return cv2.resize(inside, (width, height))
 
 
-def overlay(image: np.ndarray, heat: np.ndarray, opacity: float = 0.7) -> np.ndarray:
+def overlay(image: np.ndarray, heat: np.ndarray, opacity: float = OPACITY) -> np.ndarray:
     """Paint a heat map over its image; where the heat is zero the image stays as it is.
 
     Args:
@@ -378,24 +386,25 @@ def _pixels_32(model: ResNet, image: np.ndarray) -> Tensor:
     return torch.from_numpy(to_32(image)).permute(2, 0, 1)[None].to(next(model.parameters()).device)
 
 
-def _cell_value(label: int, target: str) -> Value:
+def _cell_value(trace: Trace, label: int, target: str) -> Value:
     if target == "score":
-        return lambda raw: _log_score(raw, label)
+        return lambda raw: _log_scores(trace, raw)[..., label]
     return lambda raw: raw[4 if target == "object" else 5 + label]
 
 
-def _image_value(label: int) -> Value:
-    return lambda raw: _log_score(raw, label).logsumexp(0)
+def _log_scores(trace: Trace, raw: Tensor) -> Tensor:
+    """Return log(objectness x class probabilities) of raw predictions [..., 5 + C]: [..., C].
 
-
-def _log_score(raw: Tensor, label: int) -> Tensor:
-    """Return log(objectness x class probability); unlike the score its gradient does not die near 0 and 1."""
-    return functional.logsigmoid(raw[..., 4]) + raw[..., 5:].log_softmax(-1)[..., label]
+    Unlike that of the score its gradient does not die near 0 and 1.
+    """
+    classes = raw[..., 5:]
+    log_probs = functional.logsigmoid(classes) if trace.class_loss == "sigmoid" else classes.log_softmax(-1)
+    return functional.logsigmoid(raw[..., 4:5]) + log_probs
 
 
 def _score(trace: Trace, cell: Cell, label: int) -> float:
     raw = trace.outputs[cell.scale][0, cell.anchor, cell.row, cell.column]
-    return float(_log_score(raw, label).exp())
+    return float(_log_scores(trace, raw)[label].exp())
 
 
 def _groups(ends: Sequence[int], starts: Sequence[Sequence[int]]) -> list[tuple[list[int], int]]:

@@ -20,21 +20,22 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from yolo.boxes import boxes_from_letterbox
 from yolo.data.dataset import Annotation, DetectionDataset
+from yolo.data.images import letterboxed
 from yolo.data.labelled import ImageDataset, to_32
 from yolo.explain.cam import (
+    CamSettings,
     Cell,
     Module,
     Trace,
     cell_of,
     explain_cells,
     explain_classification,
-    to_canvas,
-    trace_detector,
+    trace_picture,
 )
 from yolo.models.resnet import ResNet
-from yolo.models.yolov3 import STRIDES, YoloV3, decode, postprocess
+from yolo.models.yolov3 import STRIDES, YoloV3, decode, to_detections
+from yolo.runs.checkpoint import LoadedWeights
 
 SHARES = np.linspace(0, 1, 11) ** 2  # of the pixels; fine at the start, where the objects are
 RANDOM = "random"
@@ -56,8 +57,7 @@ class DetectedObject:
     found_box: Tensor  # [4] pixels of the network input
     cell: Cell
     label: int
-    target: str
-    layer: str
+    settings: CamSettings
 
     @property
     def cells(self) -> tuple[int, int]:
@@ -68,15 +68,15 @@ class DetectedObject:
     def heat(self, method: str, *, reset: bool = False) -> np.ndarray:
         """Return its map [H, W]; with `reset` that of the model with re-initialised heads."""
         trace = self.reset_trace if reset else self.trace
-        return explain_cells(trace, [self.cell], [self.label], method, self.target, self.layer)[0].heat
+        settings = dataclasses.replace(self.settings, method=method)
+        return explain_cells(trace, [self.cell], [self.label], settings)[0].heat
 
     @torch.no_grad()
     def scores(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return what is left of it in changed images: the best score x overlap of all predictions."""
-        canvases = torch.cat([to_canvas(image, self.trace.place.size) for image in images])
-        boxes, objectness, class_probs = decode(
-            self.trace.model(canvases.to(self.anchors.device)), self.anchors
-        )
+        canvases = torch.stack([letterboxed(image, self.trace.place.size).image for image in images])
+        outputs = self.trace.model(canvases.to(self.anchors.device))
+        boxes, objectness, class_probs = decode(outputs, self.anchors, self.trace.class_loss)
         overlap = box_iou(self.found_box[None], boxes.flatten(0, 1)).view(objectness.shape)
         return (overlap * objectness * class_probs[..., self.label]).amax(1).cpu().numpy()
 
@@ -89,7 +89,7 @@ class ClassifiedImage:
     model: ResNet
     reset_model: ResNet
     label: int
-    layer: str
+    settings: CamSettings
     box: None = None
 
     @property
@@ -100,7 +100,8 @@ class ClassifiedImage:
     def heat(self, method: str, *, reset: bool = False) -> np.ndarray:
         """Return its map [H, W]; with `reset` that of the model with a re-initialised last layer."""
         model = self.reset_model if reset else self.model
-        return explain_classification(model, self.image, self.label, method=method, layer=self.layer).heat
+        settings = dataclasses.replace(self.settings, method=method)
+        return explain_classification(model, self.image, self.label, settings).heat
 
     @torch.no_grad()
     def scores(self, images: Sequence[np.ndarray]) -> np.ndarray:
@@ -141,7 +142,8 @@ def measure(
             heat = subject.heat(method)
             unchanged = similarity(heat, subject.heat(method, reset=True))
             records[method].append({**measure_map(subject, heat, rng), "similarity_after_reset": unchanged})
-        records[RANDOM].append(measure_map(subject, _random_heat(subject, rng), rng))
+        noise = rng.random(subject.cells, dtype=np.float32)  # as coarse as the maps
+        records[RANDOM].append(measure_map(subject, cv2.resize(noise, subject.image.shape[1::-1]), rng))
     return len(records[RANDOM]), {method: _mean(of_method) for method, of_method in records.items()}
 
 
@@ -204,60 +206,56 @@ def similarity(heat: np.ndarray, other: np.ndarray) -> float:
 
 
 def detected_objects(
-    model: YoloV3,
-    anchors: Tensor,
-    size: int,
+    loaded: LoadedWeights,
     dataset: DetectionDataset,
     images: Iterable[int],
-    *,
-    target: str,
-    layer: str,
+    settings: CamSettings,
     score_threshold: float,
-    iou_threshold: float,
 ) -> Iterator[DetectedObject]:
     """Yield the most confident correct detections of each image, three at most.
 
     A detection is correct if it overlaps an object of its class by half; its true box is the best such.
     """
-    reset = _with_new_layers(model, "heads")
-    anchors = anchors.to(next(model.parameters()).device)
+    assert loaded.anchors is not None and isinstance(loaded.model, YoloV3)
+    reset = _with_new_layers(loaded.model, "heads")
+    anchors = loaded.anchors.to(next(loaded.model.parameters()).device)
     for index in images:
-        image, note = dataset.image(index), dataset.annotation(index)
-        trace = trace_detector(model, image, size)
+        image, annotation = dataset.image(index), dataset.annotation(index)
+        trace = trace_picture(loaded, image)
         reset_trace = dataclasses.replace(trace, model=reset)
-        [found] = postprocess(
+        [found] = to_detections(
             trace.outputs,
             anchors,
+            loaded.config,
+            [(trace.height, trace.width)],
             score_threshold=score_threshold,
-            iou_threshold=iou_threshold,
-            max_detections=100,
         )
-        boxes = boxes_from_letterbox(found["boxes"], trace.place, trace.height, trace.width).cpu()
-        for k, true_box in _correct(boxes, found["labels"].cpu(), note)[:BOXES_PER_IMAGE]:
+        correct = _correct(found["boxes"].cpu(), found["labels"].cpu(), annotation)
+        for k, true_box in correct[:BOXES_PER_IMAGE]:
             cell, label = cell_of(int(found["index"][k]), trace.outputs), int(found["labels"][k])
-            yield DetectedObject(
-                image, true_box, trace, reset_trace, anchors, found["boxes"][k], cell, label, target, layer
-            )
+            box = found["input_boxes"][k]
+            yield DetectedObject(image, true_box, trace, reset_trace, anchors, box, cell, label, settings)
 
 
 def classified_images(
-    model: ResNet, dataset: ImageDataset, images: Iterable[int], *, layer: str
+    model: ResNet, dataset: ImageDataset, images: Iterable[int], settings: CamSettings
 ) -> Iterator[ClassifiedImage]:
     """Yield the images whose likeliest class is the right one."""
     reset = _with_new_layers(model, "classifier")
     for index in images:
-        subject = ClassifiedImage(dataset.image(index), model, reset, int(dataset.labels[index]), layer)
+        subject = ClassifiedImage(dataset.image(index), model, reset, int(dataset.labels[index]), settings)
         if subject.scores([subject.image])[0] > 0.5:
             yield subject
 
 
-def _correct(boxes: Tensor, labels: Tensor, note: Annotation) -> list[tuple[int, np.ndarray]]:
+def _correct(boxes: Tensor, labels: Tensor, annotation: Annotation) -> list[tuple[int, np.ndarray]]:
     """Return the positions of the correct detections, most confident first, each with its true box."""
-    if not len(note.boxes):
+    true = annotation.boxes
+    if not len(true):
         return []
-    overlap = box_iou(boxes, torch.from_numpy(note.boxes))
-    overlap[labels[:, None] != torch.from_numpy(note.labels)[None]] = 0
-    return [(k, note.boxes[int(row.argmax())]) for k, row in enumerate(overlap) if row.max() >= CORRECT_IOU]
+    overlap = box_iou(boxes, torch.from_numpy(true))
+    overlap[labels[:, None] != torch.from_numpy(annotation.labels)[None]] = 0
+    return [(k, true[int(row.argmax())]) for k, row in enumerate(overlap) if row.max() >= CORRECT_IOU]
 
 
 def _with_new_layers(model: Module, name: str) -> Module:
@@ -269,11 +267,6 @@ def _with_new_layers(model: Module, name: str) -> Module:
             if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.Linear):
                 module.reset_parameters()
     return model
-
-
-def _random_heat(subject: Subject, rng: np.random.Generator) -> np.ndarray:
-    height, width = subject.image.shape[:2]
-    return cv2.resize(rng.random(subject.cells, dtype=np.float32), (width, height))
 
 
 def _mean(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A classifier's most confident mistakes, each beside what spoke for the wrong class and for the true one."""
+"""A classifier's most confident errors, each beside the Grad-CAM of the predicted and of the true class."""
 
 import cv2
 import numpy as np
@@ -15,28 +15,30 @@ GAP = 4
 
 
 def mistake_grid(model: ResNet, dataset: ImageDataset, metrics: ClassificationMetrics) -> np.ndarray | None:
-    """Draw the wrong answers of which the model was surest.
+    """Draw the most confident wrong predictions.
 
     Args:
         model: the classifier that was tested.
         dataset: the images that it was tested on.
-        metrics: what it answered, in the order of the images.
+        metrics: its predictions, in the order of the images.
 
     Returns:
-        An RGB image: per mistake the picture, the Grad-CAM map of the class that was said, and that of the
-        true class. None if there are no mistakes.
+        An RGB image: per error the picture, the Grad-CAM of the predicted class, and that of the true
+        class. None if there are no errors.
     """
     answers = metrics.state()
     tiles = []
     for index in metrics.worst_mistakes(GRID_PICTURES):
-        said, true = int(answers["predicted"][index]), int(answers["labels"][index])
+        predicted, true = int(answers["predicted"][index]), int(answers["labels"][index])
         names = dataset.class_names
-        caption = f"said {names[said]} ({answers['confidence'][index]:.0%}), is {names[true]}"
+        caption = f"predicted {names[predicted]} ({answers['confidence'][index]:.0%}), is {names[true]}"
         caption += f"\n{dataset.image_ids[index]}"
-        tiles.append((_tile(model, dataset.image(index), (said, true)), caption))
+        tiles.append((_tile(model, dataset.image(index), (predicted, true)), caption))
     if not tiles:
         return None
-    return picture_grid(tiles, "The most confident mistakes; what spoke for the answer, and for the truth")
+    return picture_grid(
+        tiles, "The most confident errors; Grad-CAM of the predicted class, and of the true one"
+    )
 
 
 def _tile(model: ResNet, image: np.ndarray, labels: tuple[int, int]) -> np.ndarray:

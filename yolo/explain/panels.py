@@ -1,4 +1,4 @@
-"""Explanations as pictures: what the model says about an image, and beside it the heat map of each answer."""
+"""Explanations as pictures: an image with its detections or classes, and beside it their heat maps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,16 +10,17 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from torch import Tensor
 
-from yolo.boxes import boxes_from_letterbox
+from yolo.data.dataset import read_rgb
 from yolo.errors import UsageError, UserError
 from yolo.explain import cam
-from yolo.explain.cam import Explanation, Trace
+from yolo.explain.cam import OPACITY, CamSettings, Explanation, Trace, trace_picture
 from yolo.files import replacing
+from yolo.inference.predict import Detections, Detector
+from yolo.metrics.report import SHOWN_SCORE
 from yolo.models.resnet import ResNet
-from yolo.models.yolov3 import YoloV3
 from yolo.runs.checkpoint import LoadedWeights
-from yolo.tasks.detection import detect
 from yolo.viz.draw import draw_boxes
 
 SHARP_SIDE = 480  # pixels: smaller images are enlarged to this, so that lines and text are sharp
@@ -38,62 +39,70 @@ class Panel(NamedTuple):
 class Question:
     """What to explain about an image."""
 
-    methods: tuple[str, ...]
-    target: str = "class"
-    layer: str = "auto"
+    cams: tuple[CamSettings, ...]  # a panel for each
     box: int | None = 0  # which detection, counted from the most confident; None: all
     label: int | None = None  # this class: over the whole image, or of the missed object
     missed: tuple[float, ...] | None = None  # xyxy pixels of an object that was not found
-    score_threshold: float = 0.3  # of a detection
-    opacity: float = 0.7
+    score_threshold: float = SHOWN_SCORE  # of a detection
+    opacity: float = OPACITY
 
 
-def detector_panels(loaded: LoadedWeights, image: np.ndarray, question: Question) -> list[Panel]:
-    """Return the image with its detections, then one panel for each answer and method.
+class Answer(NamedTuple):
+    """A heat map, what it is of, and the box [4] that it explains."""
 
-    Without any detection the whole-image map of the likeliest class is the answer.
+    what: str
+    box: np.ndarray | None
+    explanation: Explanation
+
+
+def make_panels(loaded: LoadedWeights, path: Path, question: Question) -> list[Panel]:
+    """Return a picture with what the model finds in it, then one panel for each answer and method.
 
     Raises:
-        UserError: if there is no such detection or the missed box lies outside of the image.
-        UsageError: for an unknown method, target or layer.
+        UserError: if the picture cannot be read, there is no such detection, or the missed box is
+            outside of the image.
+        UsageError: for an unknown method, target or layer, or a question that a classifier cannot
+            answer.
     """
-    assert isinstance(loaded.model, YoloV3) and loaded.anchors is not None
-    trace = cam.trace_detector(loaded.model, image, loaded.test_size)
-    [found] = detect(loaded.config, trace.outputs, loaded.anchors, question.score_threshold)
-    boxes = boxes_from_letterbox(found["boxes"], trace.place, trace.height, trace.width).cpu().numpy()
-    labels, scores = found["labels"].tolist(), found["scores"].tolist()
+    image = read_rgb(path)
+    if loaded.anchors is None:
+        return _classifier_panels(loaded, image, question)
+    return _detector_panels(Detector(loaded), path, image, question)
+
+
+def _detector_panels(detector: Detector, path: Path, image: np.ndarray, question: Question) -> list[Panel]:
+    """Without any detection the whole-image map of the likeliest class is the answer."""
+    trace = trace_picture(detector.loaded, path)
+    found = detector.read_outputs(
+        trace.outputs, [(trace.height, trace.width)], score_threshold=question.score_threshold
+    )[0]
+    class_names = detector.loaded.class_names
     drawn, factor = _enlarge(image)
-    seen = draw_boxes(drawn, boxes * factor, labels, loaded.class_names, scores)
-    count = f"{len(boxes)} detection" + "s" * (len(boxes) != 1)
-    panels = [Panel(f"{count}\nwith a score of at least {question.score_threshold:g}", seen)]
-    for method in question.methods:
-        for what, box, answer in _answers(trace, loaded.anchors, found, boxes, question, method):
-            name = loaded.class_names[answer.label]
-            picture = _paint(image, answer, question.opacity)
+    picture = draw_boxes(
+        drawn, found.boxes * factor, found.labels.tolist(), class_names, found.scores.tolist()
+    )
+    count = f"{len(found)} detection" + "s" * (len(found) != 1)
+    panels = [Panel(f"{count}\nwith a score of at least {question.score_threshold:g}", picture)]
+    for settings in question.cams:
+        for what, box, explanation in _answers(trace, detector.anchors, found, question, settings):
+            picture = _paint(image, explanation, question.opacity)
             if box is not None:
-                picture = draw_boxes(picture, box[None] * factor, [answer.label], loaded.class_names)
-            panels.append(Panel(_title(answer, f"{what} {name}"), picture))
+                picture = draw_boxes(picture, box[None] * factor, [explanation.label], class_names)
+            panels.append(Panel(_title(explanation, f"{what} {class_names[explanation.label]}"), picture))
     return panels
 
 
-def classifier_panels(loaded: LoadedWeights, image: np.ndarray, question: Question) -> list[Panel]:
-    """Return the image with its likeliest classes, then per method the map of the asked or likeliest one.
-
-    Raises:
-        UsageError: for an unknown method or layer, or if the question is about a missed object.
-    """
+def _classifier_panels(loaded: LoadedWeights, image: np.ndarray, question: Question) -> list[Panel]:
     assert isinstance(loaded.model, ResNet)
     if question.missed is not None:
         raise UsageError("--missed: a classifier has no boxes; give a detector as --checkpoint")
     probabilities = cam.classify(loaded.model, image)
     best = probabilities.argsort(descending=True)[:TOP_CLASSES].tolist()
-    said = ", ".join(f"{loaded.class_names[label]} {float(probabilities[label]):.0%}" for label in best)
-    panels = [Panel(f"classified as\n{said}", _enlarge(image)[0])]
+    classes = ", ".join(f"{loaded.class_names[label]} {float(probabilities[label]):.0%}" for label in best)
+    panels = [Panel(f"classified as\n{classes}", _enlarge(image)[0])]
     label = best[0] if question.label is None else question.label
-    for method in question.methods:
-        explanation = cam.explain_classification(
-            loaded.model, image, label, method=method, layer=question.layer
-        )
+    for settings in question.cams:
+        explanation = cam.explain_classification(loaded.model, image, label, settings)
         picture = _paint(image, explanation, question.opacity)
         panels.append(Panel(_title(explanation, loaded.class_names[label]), picture))
     return panels
@@ -123,40 +132,22 @@ def save_panels(panels: Sequence[Panel], path: Path) -> None:
 
 
 def _answers(
-    trace: Trace,
-    anchors: torch.Tensor,
-    found: dict[str, torch.Tensor],
-    boxes: np.ndarray,
-    question: Question,
-    method: str,
-) -> list[tuple[str, np.ndarray | None, Explanation]]:
-    """Return what is asked as (words, its box, its map)."""
+    trace: Trace, anchors: Tensor, found: Detections, question: Question, settings: CamSettings
+) -> list[Answer]:
     if question.missed is not None and question.label is not None:
         box = _inside(question.missed, trace)
-        missed = cam.explain_missed(
-            trace,
-            torch.from_numpy(box),
-            question.label,
-            anchors,
-            method=method,
-            target=question.target,
-            layer=question.layer,
-        )
-        return [("missed", box, missed)]
+        missed = cam.explain_missed(trace, torch.from_numpy(box), question.label, anchors, settings)
+        return [Answer("missed", box, missed)]
     if question.label is not None:
-        whole = cam.explain_class(trace, question.label, method=method, layer=question.layer)
-        return [("whole picture,", None, whole)]
-    if not len(boxes):
-        label = cam.likeliest_class(trace.outputs)
-        whole = cam.explain_class(trace, label, method=method, layer=question.layer)
-        return [("nothing detected; whole picture,", None, whole)]
-    if question.box is not None and question.box >= len(boxes):
-        raise UserError(f"--box {question.box}: there are {len(boxes)} detections, counted from 0")
-    which = range(len(boxes)) if question.box is None else [question.box]
-    maps = cam.explain_detections(
-        trace, found, which, method=method, target=question.target, layer=question.layer
-    )
-    return [(f"box {i}:", boxes[i], answer) for i, answer in zip(which, maps, strict=True)]
+        return [Answer("whole picture,", None, cam.explain_class(trace, question.label, settings))]
+    if not len(found):
+        whole = cam.explain_class(trace, cam.likeliest_class(trace), settings)
+        return [Answer("nothing detected; whole picture,", None, whole)]
+    if question.box is not None and question.box >= len(found):
+        raise UserError(f"--box {question.box}: there are {len(found)} detections, counted from 0")
+    which = list(range(len(found))) if question.box is None else [question.box]
+    maps = cam.explain_detections(trace, found.index[which].tolist(), found.labels[which].tolist(), settings)
+    return [Answer(f"box {i}:", found.boxes[i], one) for i, one in zip(which, maps, strict=True)]
 
 
 def _inside(missed: tuple[float, ...], trace: Trace) -> np.ndarray:
@@ -184,7 +175,7 @@ def _paint(image: np.ndarray, explanation: Explanation, opacity: float) -> np.nd
 
 
 def _title(explanation: Explanation, what: str) -> str:
-    said = f"score {explanation.score:.2g}, {explanation.layer}"
+    line = f"score {explanation.score:.2g}, {explanation.layer}"
     if explanation.is_zero:
-        said = f"all zero: nothing at {explanation.layer} speaks for it"
-    return f"{explanation.method} of {explanation.target}, {what}\n{said}"
+        line = f"all zero: nothing at {explanation.layer} raises it"
+    return f"{explanation.method} of {explanation.target}, {what}\n{line}"

@@ -22,14 +22,14 @@ from yolo.runs.checkpoint import LoadedWeights, publish_weights
 PARITY = 1e-3
 
 
-class Detector(nn.Module):
+class ExportedDetector(nn.Module):
     """The detector with decoding: everything but non-maximum suppression."""
 
     def __init__(self, network: nn.Module, anchors: Tensor, class_loss: str) -> None:
         super().__init__()
         self.network = network
-        self.class_loss = class_loss
         self.register_buffer("anchors", anchors)
+        self.class_loss = class_loss
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Map images [B, 3, H, W] to boxes [B, N, 4] (xyxy pixels of the input) and scores [B, N, C]."""
@@ -38,7 +38,7 @@ class Detector(nn.Module):
         return boxes, objectness[..., None] * class_probs
 
 
-class Classifier(nn.Module):
+class ExportedClassifier(nn.Module):
     """The classifier with its softmax."""
 
     def __init__(self, network: nn.Module) -> None:
@@ -113,9 +113,9 @@ def parity(model: nn.Module, session: Any, images: Tensor, size: int) -> float:
 def _with_readable_outputs(loaded: LoadedWeights) -> tuple[nn.Module, list[str]]:
     network = fuse(loaded.model).cpu().float()
     if loaded.anchors is None:
-        return Classifier(network).eval(), ["probabilities"]
+        return ExportedClassifier(network).eval(), ["probabilities"]
     class_loss = loaded.config.loss_settings.class_loss
-    return Detector(network, loaded.anchors.cpu(), class_loss).eval(), ["boxes", "scores"]
+    return ExportedDetector(network, loaded.anchors.cpu(), class_loss).eval(), ["boxes", "scores"]
 
 
 def _example(loaded: LoadedWeights, batch: int = 2) -> Tensor:
@@ -129,7 +129,7 @@ def _write_onnx(
     import onnx
 
     dims: dict[int, Any] = {0: torch.export.Dim("batch")}
-    if isinstance(model, Detector):
+    if isinstance(model, ExportedDetector):
         dims |= {axis: STRIDES[0] * torch.export.Dim(name) for axis, name in ((2, "rows"), (3, "columns"))}
     with _quiet():
         program = torch.onnx.export(

@@ -1,97 +1,216 @@
-"""What a trained model says about pictures of any size: boxes or classes, drawn and as JSON and CSV."""
+"""The detector on pictures of any size, and what `evaluate.py --images` writes about them.
+
+from yolo import Detector
+detections = Detector.load().detect("photo.jpg")
+"""
 
 import csv
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from yolo.boxes import boxes_from_letterbox, letterbox
 from yolo.data.dataset import read_rgb
 from yolo.data.images import letterboxed
 from yolo.data.labelled import to_32
-from yolo.errors import UserError
+from yolo.errors import UsageError, UserError
 from yolo.files import replacing
-from yolo.models.build import by_task
-from yolo.runs.checkpoint import LoadedWeights
-from yolo.tasks.detection import detect
+from yolo.inference.fast import prepare
+from yolo.metrics.report import SHOWN_SCORE
+from yolo.models.yolov3 import to_detections
+from yolo.runs.checkpoint import LoadedWeights, load_weights, resolve_checkpoint
 from yolo.viz.draw import draw_boxes
 from yolo.viz.figures import save_figures
 
 BATCH = 8
 TOP_CLASSES = 5
 
+Picture = str | Path | np.ndarray  # a file, or pixels [H, W, 3] uint8 RGB
 Predict = Callable[[Tensor], Any]  # images uint8 [B, 3, S, S] -> the network's raw output
 
 
-class Predictor:
-    """Turns pictures of any size into plain answers."""
+@dataclass(frozen=True, eq=False)
+class Detections:
+    """What was found in one picture, the most confident first."""
 
-    def __init__(self, loaded: LoadedWeights, predict: Predict, score_threshold: float) -> None:
+    boxes: np.ndarray  # [N, 4] float32 xyxy, pixels of the original picture
+    scores: np.ndarray  # [N] float32
+    labels: np.ndarray  # [N] int64
+    names: tuple[str, ...]  # [N] the classes of `labels`
+    height: int  # of the picture
+    width: int
+    index: np.ndarray  # [N] int64, each one's place among all predictions: what an explanation needs
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+class Detector:
+    """A trained detector: pictures in, detections out."""
+
+    def __init__(self, loaded: LoadedWeights, predict: Predict | None = None) -> None:
+        """Use a loaded network where it is, or `predict` in its place.
+
+        Raises:
+            UsageError: if it is a classifier.
+        """
+        if loaded.anchors is None:
+            raise UsageError(f"{loaded.path}: is a classifier; want a detector")
         self.loaded = loaded
-        self.predict = predict
-        self.score_threshold = score_threshold
+        self.anchors = loaded.anchors
+        self.predict = predict or self._predict
 
-    def __call__(self, pictures: Sequence[np.ndarray]) -> list[dict[str, Any]]:
-        """Answer for RGB uint8 pictures [H, W, 3] of any size, together.
+    @classmethod
+    def load(
+        cls,
+        path: str | Path | None = None,
+        *,
+        device: str | torch.device = "auto",
+        fast: bool = False,
+        compiled: bool = False,
+    ) -> "Detector":
+        """Load a detector.
+
+        Args:
+            path: a weight file, a checkpoint or a run folder; by default the bundled weights.
+            device: as torch names it; `auto` is the GPU where there is one.
+            fast: see `yolo.inference.fast.prepare`.
+            compiled: likewise.
+
+        Raises:
+            UserError: if the file cannot be read, or is no detector.
+        """
+        loaded = load_weights(resolve_checkpoint(path))
+        detector = cls(loaded)
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        where = torch.device(name if device == "auto" else device)
+        loaded.model = prepare(loaded.model, where, fast=fast, compiled=compiled)
+        return detector
+
+    @overload
+    def detect(  # type: ignore[overload-overlap]  # a `str` is a sequence of `str`
+        self, images: Picture, score_threshold: float = ..., iou_threshold: float | None = ...
+    ) -> Detections: ...
+
+    @overload
+    def detect(
+        self, images: Sequence[Picture], score_threshold: float = ..., iou_threshold: float | None = ...
+    ) -> list[Detections]: ...
+
+    def detect(
+        self,
+        images: Picture | Sequence[Picture],
+        score_threshold: float = SHOWN_SCORE,
+        iou_threshold: float | None = None,
+    ) -> Detections | list[Detections]:
+        """Detect on one picture, or on several in batches.
+
+        Args:
+            images: paths, or pixels [H, W, 3] uint8 RGB of any size; one, or a list of either.
+            score_threshold: lowest score, in [0, 1].
+            iou_threshold: overlap above which non-maximum suppression drops the weaker box of a
+                class; by default that of the training's configuration.
 
         Returns:
-            Per picture its `height` and `width`, and `detections` (each `class`, `score` and `box`, xyxy
-            pixels of the picture) or, of a classifier, `classes` (each `class` and `probability`); the
-            likeliest first.
+            The detections of one picture, or a list with those of each.
+
+        Raises:
+            UserError: for a file that cannot be read, or an array that is no picture.
         """
-        answer = by_task(self.loaded.task, detection=self._detect, classification=self._classify)
-        sizes = [{"height": picture.shape[0], "width": picture.shape[1]} for picture in pictures]
-        return [size | found for size, found in zip(sizes, answer(pictures), strict=True)]
+        if isinstance(images, str | Path | np.ndarray):
+            return self.detect([images], score_threshold, iou_threshold)[0]
+        found: list[Detections] = []
+        for start in range(0, len(images), BATCH):
+            batch = [letterboxed(image, self.loaded.test_size) for image in images[start : start + BATCH]]
+            outputs = self.predict(torch.stack([one.image for one in batch]))
+            sizes = [(one.height, one.width) for one in batch]
+            found += self.read_outputs(outputs, sizes, score_threshold, iou_threshold)
+        return found
 
-    def _detect(self, pictures: Sequence[np.ndarray]) -> Iterator[dict[str, Any]]:
-        loaded = self.loaded
-        assert loaded.anchors is not None
-        size = loaded.test_size
-        outputs = self.predict(torch.stack([letterboxed(picture, size) for picture in pictures]))
-        found = detect(loaded.config, outputs, loaded.anchors, self.score_threshold)
-        for picture, one in zip(pictures, found, strict=True):
-            height, width = picture.shape[:2]
-            boxes = boxes_from_letterbox(one["boxes"], letterbox(height, width, size), height, width)
-            names = [loaded.class_names[label] for label in one["labels"].tolist()]
-            rows = zip(names, one["scores"].tolist(), boxes.tolist(), strict=True)
-            yield {"detections": [{"class": name, "score": score, "box": box} for name, score, box in rows]}
+    def read_outputs(
+        self,
+        outputs: Sequence[Tensor],
+        sizes: Sequence[tuple[int, int]],
+        score_threshold: float,
+        iou_threshold: float | None = None,
+        max_detections: int | None = None,
+    ) -> list[Detections]:
+        """Return the detections in the network's raw outputs for pictures of these (height, width)."""
+        found = to_detections(
+            outputs,
+            self.anchors,
+            self.loaded.config,
+            sizes,
+            score_threshold=score_threshold,
+            iou_threshold=iou_threshold,
+            max_detections=max_detections,
+        )
+        results = []
+        for tensors, (height, width) in zip(found, sizes, strict=True):
+            arrays = {key: tensors[key].cpu().numpy() for key in ("boxes", "scores", "labels", "index")}
+            names = tuple(self.loaded.class_names[label] for label in arrays["labels"])
+            results.append(Detections(**arrays, names=names, height=height, width=width))
+        return results
 
-    def _classify(self, pictures: Sequence[np.ndarray]) -> Iterator[dict[str, Any]]:
-        images = np.stack([to_32(picture) for picture in pictures])
-        logits = self.predict(torch.from_numpy(images).permute(0, 3, 1, 2))
-        for probabilities in logits.float().softmax(-1).cpu():
-            best = probabilities.topk(min(TOP_CLASSES, len(probabilities)))
-            rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            yield {"classes": [{"class": self.loaded.class_names[k], "probability": p} for k, p in rows]}
+    @torch.inference_mode()
+    def _predict(self, images: Tensor) -> Any:
+        model = self.loaded.model
+        return model(images.to(next(model.parameters()).device))
+
+
+def classify(
+    loaded: LoadedWeights, predict: Predict, pictures: Sequence[np.ndarray]
+) -> list[list[tuple[str, float]]]:
+    """Return the likeliest classes of pictures [H, W, 3] of any size, each with its probability."""
+    images = np.stack([to_32(picture) for picture in pictures])
+    logits = predict(torch.from_numpy(images).permute(0, 3, 1, 2))
+    best = logits.float().softmax(-1).cpu().topk(min(TOP_CLASSES, logits.shape[-1]))
+    return [
+        [(loaded.class_names[label], probability) for label, probability in zip(*rows, strict=True)]
+        for rows in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
 
 
 def predict_files(
-    predictor: Predictor, paths: Sequence[Path], folder: Path, say: Callable[[str], None]
+    loaded: LoadedWeights,
+    predict: Predict,
+    paths: Sequence[Path],
+    folder: Path,
+    log: Callable[[str], None],
+    score_threshold: float,
 ) -> list[dict[str, Any]]:
-    """Answer for picture files and, of a detector, write each with its boxes to `pictures/`.
+    """Detect on or classify picture files; write each with its boxes to `pictures/`.
 
     A file that cannot be read costs a line, not the others.
 
     Returns:
-        The answers, each with the path as `image`; fewer than `paths` if some could not be read.
+        For each picture that could be read its path as `image`, `height`, `width`, and `detections`
+        (each `class`, `score` and `box`, xyxy pixels) or `classes` (each `class` and `probability`).
     """
     answers: list[dict[str, Any]] = []
-    outputs = dict(zip(paths, _picture_names(paths), strict=True))
+    names = dict(zip(paths, _picture_names(paths), strict=True))
     for start in range(0, len(paths), BATCH):
-        read = {path: _read(path, say) for path in paths[start : start + BATCH]}
-        pictures = {path: picture for path, picture in read.items() if picture is not None}
-        found = predictor(list(pictures.values())) if pictures else []
-        for (path, picture), answer in zip(pictures.items(), found, strict=True):
-            answers.append({"image": str(path), **answer})
-            if "detections" in answer:
-                drawn = _draw(picture, answer["detections"], predictor.loaded.class_names)
-                save_figures({outputs[path]: drawn}, folder / "pictures")
+        pictures = _read_pictures(paths[start : start + BATCH], log)
+        if not pictures:
+            continue
+        if loaded.anchors is None:
+            keys = ("class", "probability")
+            found = classify(loaded, predict, list(pictures.values()))
+            rows = [{"classes": [dict(zip(keys, row, strict=True)) for row in best]} for best in found]
+        else:
+            # from the files, as a test decodes them: large JPEGs at a reduced size
+            detections = Detector(loaded, predict).detect(list(pictures), score_threshold)
+            _draw_pictures(pictures, detections, names, loaded.class_names, folder / "pictures")
+            rows = [{"detections": _rows(one)} for one in detections]
+        for (path, picture), row in zip(pictures.items(), rows, strict=True):
+            height, width = picture.shape[:2]
+            answers.append({"image": str(path), "height": height, "width": width, **row})
     return answers
 
 
@@ -115,12 +234,31 @@ def write_predictions(answers: Sequence[dict[str, Any]], folder: Path) -> None:
                 writer.writerow([answer["image"], row["class"], f"{row['score']:.6f}", *edges])
 
 
-def _read(path: Path, say: Callable[[str], None]) -> np.ndarray | None:
-    try:
-        return read_rgb(path)
-    except UserError as error:
-        say(f"error: {error}")
-        return None
+def _read_pictures(paths: Sequence[Path], log: Callable[[str], None]) -> dict[Path, np.ndarray]:
+    pictures = {}
+    for path in paths:
+        try:
+            pictures[path] = read_rgb(path)
+        except UserError as error:
+            log(f"error: {error}")
+    return pictures
+
+
+def _rows(found: Detections) -> list[dict[str, Any]]:
+    rows = zip(found.names, found.scores.tolist(), found.boxes.tolist(), strict=True)
+    return [{"class": name, "score": score, "box": box} for name, score, box in rows]
+
+
+def _draw_pictures(
+    pictures: Mapping[Path, np.ndarray],
+    detections: Sequence[Detections],
+    names: Mapping[Path, str],
+    class_names: Sequence[str],
+    folder: Path,
+) -> None:
+    for (path, picture), found in zip(pictures.items(), detections, strict=True):
+        drawn = draw_boxes(picture, found.boxes, found.labels.tolist(), class_names, found.scores.tolist())
+        save_figures({names[path]: drawn}, folder)
 
 
 def _picture_names(paths: Sequence[Path]) -> list[str]:
@@ -131,9 +269,3 @@ def _picture_names(paths: Sequence[Path]) -> list[str]:
         seen[path.stem] += 1
         names.append(path.stem if seen[path.stem] == 1 else f"{path.stem}-{seen[path.stem]}")
     return names
-
-
-def _draw(picture: np.ndarray, rows: Sequence[dict[str, Any]], class_names: Sequence[str]) -> np.ndarray:
-    boxes = np.array([row["box"] for row in rows]).reshape(-1, 4)
-    labels = [class_names.index(row["class"]) for row in rows]
-    return draw_boxes(picture, boxes, labels, class_names, [row["score"] for row in rows])

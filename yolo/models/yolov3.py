@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, box_iou
 
-from yolo.config import ANCHOR_REFERENCE_SIZE
+from yolo.boxes import boxes_from_letterbox, letterbox
+from yolo.config import ANCHOR_REFERENCE_SIZE, Config
 from yolo.errors import UsageError
 from yolo.models.backbones import TimmBackbone, make_backbone
 from yolo.models.darknet import ConvBnAct, images_to_float, scaled
@@ -232,6 +233,53 @@ def postprocess(
         _suppress(*image, score_threshold, iou_threshold, max_detections, all_classes, nms)
         for image in zip(boxes, scores, strict=True)
     ]
+
+
+def to_detections(
+    outputs: Sequence[Tensor],
+    anchors: Tensor,
+    config: Config,
+    sizes: Sequence[tuple[int, int]] | None = None,
+    *,
+    score_threshold: float,
+    iou_threshold: float | None = None,
+    max_detections: int | None = None,
+    all_classes: bool = False,
+) -> list[dict[str, Tensor]]:
+    """Postprocess as a configuration says, and move the boxes to the original images.
+
+    Args:
+        outputs: three [B, A, H, W, 5 + C] of square, letterboxed images.
+        anchors: [3, A, 2] pixels.
+        config: `class_loss`, `nms` and the two limits that are not given here.
+        sizes: (height, width) of each original image; without them the boxes stay as they are.
+        score_threshold: as in `postprocess`.
+        iou_threshold: likewise; default `config.iou_threshold`.
+        max_detections: likewise; default `config.max_detections`.
+        all_classes: likewise.
+
+    Returns:
+        As `postprocess`; with `sizes` the `boxes` are in pixels of the original image, clipped to it,
+        and `input_boxes` in those of the network input.
+    """
+    found = postprocess(
+        outputs,
+        anchors.to(outputs[0].device),
+        score_threshold=score_threshold,
+        iou_threshold=config.iou_threshold if iou_threshold is None else iou_threshold,
+        max_detections=config.max_detections if max_detections is None else max_detections,
+        all_classes=all_classes,
+        nms=config.nms,
+        class_loss=config.loss_settings.class_loss,
+    )
+    if sizes is None:
+        return found
+    input_size = outputs[0].shape[2] * STRIDES[0]
+    for detections, (height, width) in zip(found, sizes, strict=True):
+        detections["input_boxes"] = detections["boxes"]
+        place = letterbox(height, width, input_size)
+        detections["boxes"] = boxes_from_letterbox(detections["boxes"], place, height, width)
+    return found
 
 
 def _suppress(

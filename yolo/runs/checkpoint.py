@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from yolo.config import Config, parse_interval
 from yolo.errors import UserError
-from yolo.files import find, replacing
+from yolo.files import bundled, find, replacing
 from yolo.models.build import build_model
-from yolo.runs.folder import list_checkpoints, step_of
+from yolo.runs.folder import RunFolder, list_checkpoints, step_of
 
 FORMAT_VERSION = 1
 BEST_FILE = "best.txt"
@@ -211,6 +211,31 @@ def public_results(loaded: LoadedWeights) -> dict[str, Any]:
         key: value.replace(str(root), root.name) if isinstance(value, str) else value
         for key, value in loaded.results.items()
     }
+
+
+def resolve_checkpoint(path: str | Path | None = None) -> Path:
+    """Return the file that is meant by a weight file, a checkpoint or a run folder.
+
+    Of a run folder that is its best checkpoint, or the newest where none is marked. Without `path`
+    it is the detector that comes with this package.
+
+    Raises:
+        UserError: if the folder holds no checkpoint, or no detector is bundled.
+    """
+    if path is None:
+        for file in sorted(bundled("weights").glob("*.safetensors")):
+            if _read_safetensors(file)["config"].get("task", "detection") == "detection":
+                return file
+        raise UserError(f"{bundled('weights')}: holds no detector; name a --checkpoint")
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    checkpoints = RunFolder(path).checkpoints
+    best = read_best(checkpoints)
+    found = [best] if best and best.exists() else list_checkpoints(checkpoints)
+    if not found:
+        raise UserError(f"{path}: holds no checkpoint; name a run folder, a .ckpt or a .safetensors")
+    return found[-1]
 
 
 def load_weights(path: Path) -> LoadedWeights:

@@ -8,13 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from yolo.boxes import boxes_from_letterbox
 from yolo.data.dataset import DetectionDataset
 from yolo.metrics.average_precision import load_objects
 from yolo.metrics.calibration import calibration, fit_objectness
 from yolo.metrics.matching import Detections, match_voc
-from yolo.models.yolov3 import decode
-from yolo.tasks.detection import DetectionSplit, detect
+from yolo.models.yolov3 import decode, to_detections
+from yolo.tasks.detection import DetectionSplit
 
 PASSES = (
     2  # new scores keep other boxes: the second fit halves the error of the first, a third changes little
@@ -50,13 +49,19 @@ class CalibrationData:
         probs = decode(outputs, anchors.to(outputs[0].device), class_loss)[2]
         logits = torch.cat([output[..., 4].flatten(1) for output in outputs], dim=1).float()
         ends = torch.tensor([output[0, ..., 4].numel() for output in outputs]).cumsum(0)
-        found = detect(config, outputs, anchors, config.score_threshold, all_classes=True)
+        found = to_detections(
+            outputs,
+            anchors,
+            config,
+            [(target["height"], target["width"]) for target in targets],
+            score_threshold=config.score_threshold,
+            all_classes=True,
+        )
         for i, (one, target) in enumerate(zip(found, targets, strict=True)):
             index, labels = one["index"], one["labels"]
-            place = target["letterbox"], target["height"], target["width"]
             columns = (
                 torch.full_like(labels, target["image_index"]),
-                boxes_from_letterbox(one["boxes"], *place),
+                one["boxes"],
                 one["scores"],
                 labels,
                 logits[i, index],

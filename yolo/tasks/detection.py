@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from yolo.boxes import boxes_from_letterbox
 from yolo.config import AugmentConfig, Config, anchor_sizes
 from yolo.data.anchors import cluster_anchors
 from yolo.data.dataset import DetectionDataset
@@ -21,7 +20,7 @@ from yolo.metrics.average_precision import DetectionMetrics
 from yolo.metrics.cell_accuracy import CellAccuracy
 from yolo.metrics.report import SHOWN_SCORE
 from yolo.models.build import build_model
-from yolo.models.yolov3 import STRIDES, make_anchors, postprocess, trained_objectness
+from yolo.models.yolov3 import STRIDES, make_anchors, to_detections, trained_objectness
 from yolo.tasks.assigned import AssignedCollate, AssignedTargets
 from yolo.tasks.base import EvalSplit, Task, tile
 from yolo.viz.draw import draw_boxes
@@ -47,7 +46,7 @@ class DetectionSplit(EvalSplit):
     def draw_predictions(self, predict: Callable[[Tensor], Any]) -> np.ndarray:
         """Draw the first images with the boxes that the model finds in them."""
         images, _ = self.first_batch()
-        found = detect(self.config, predict(images), self.anchors, SHOWN_SCORE)
+        found = to_detections(predict(images), self.anchors, self.config, score_threshold=SHOWN_SCORE)
         return tile(
             [
                 draw_boxes(
@@ -171,12 +170,15 @@ class DetectionEvaluation:
             cells.update(trained, assigned, enlarged)
         if self.detections is None:
             return
-        threshold = self.config.score_threshold
-        found = detect(self.config, outputs, self.anchors, threshold, all_classes=True)
+        found = to_detections(
+            outputs,
+            self.anchors,
+            self.config,
+            [(target["height"], target["width"]) for target in targets],
+            score_threshold=self.config.score_threshold,
+            all_classes=True,
+        )
         for detections, target in zip(found, targets, strict=True):
-            detections["boxes"] = boxes_from_letterbox(
-                detections["boxes"], target["letterbox"], target["height"], target["width"]
-            )
             self.detections.update(target["image_index"], detections)
 
     def state(self) -> dict[str, Any]:
@@ -211,24 +213,3 @@ class DetectionEvaluation:
             },
             **(self.detections.compute() if self.detections else {}),
         }
-
-
-def detect(
-    config: Config,
-    outputs: Sequence[Tensor],
-    anchors: Tensor,
-    score_threshold: float,
-    *,
-    all_classes: bool = False,
-) -> list[dict[str, Tensor]]:
-    """Return the detections of a batch, in pixels of the network input; see `postprocess`."""
-    return postprocess(
-        outputs,
-        anchors.to(outputs[0].device),
-        score_threshold=score_threshold,
-        iou_threshold=config.iou_threshold,
-        max_detections=config.max_detections,
-        all_classes=all_classes,
-        nms=config.nms,
-        class_loss=config.loss_settings.class_loss,
-    )
