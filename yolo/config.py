@@ -61,7 +61,7 @@ Floats = Annotated[tuple[float, ...], _comma_list(float, "NUMBER,NUMBER,...")]
 COCO_ANCHORS = (10, 13, 16, 30, 33, 23, 30, 61, 62, 45, 59, 119, 116, 90, 156, 198, 373, 326)
 ANCHOR_REFERENCE_SIZE = 416
 
-# What a stored configuration means that is older than the key: a default that changes later leaves it alone.
+# What a stored configuration older than a key means: a default that changes later leaves it alone.
 UNSTORED: dict[str, Any] = {
     "loss": "reference",
     "optimizer": "adam",
@@ -196,7 +196,8 @@ class LossConfig:
     ignore_iou: Share[float | None] = None
     """Anchors or, with `paper`, predictions that overlap a box by more than this are left out."""
     box_loss: Literal["mse", "ciou"] | None = None
-    """Squared error of the encoded boxes, or complete IoU of the decoded ones (Zheng et al. 2020)."""
+    """Squared error of the encoded boxes, or complete IoU of the decoded ones (Zheng et al. 2020),
+    which wants a --box-weight of its own."""
     object_target: Literal["iou", "one"] | None = None
     """What objectness learns on positive cells: the overlap of its prediction, or 1."""
     class_loss: Literal["softmax", "sigmoid"] | None = None

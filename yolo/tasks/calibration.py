@@ -1,4 +1,4 @@
-"""A detector's scores made honest: its detections of unseen images, right or wrong, refit its objectness."""
+"""A detector's scores made honest: which detections of unseen images are right refits objectness."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +14,6 @@ from yolo.metrics.calibration import calibration, fit_objectness
 from yolo.metrics.matching import Detections, match_voc
 from yolo.models.yolov3 import decode, to_detections
 from yolo.tasks.detection import DetectionSplit
-
-PASSES = (
-    2  # new scores keep other boxes: the second fit halves the error of the first, a third changes little
-)
 
 
 @dataclass(frozen=True)
