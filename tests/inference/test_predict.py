@@ -14,13 +14,12 @@ from lively import DIGITS, lively_detector
 import yolo
 from yolo.config import Config
 from yolo.data.images import letterboxed
-from yolo.data.samples import EvalSamples, plain_collate
 from yolo.data.sources import open_dataset
 from yolo.errors import UsageError, UserError
 from yolo.inference.predict import Detector, predict_files
 from yolo.models.resnet import ResNet
 from yolo.runs.checkpoint import LoadedWeights, resolve_checkpoint
-from yolo.tasks.detection import DetectionEvaluation
+from yolo.tasks.detection import DetectionSplit
 
 SIZE = 64
 
@@ -99,11 +98,12 @@ def test_images_are_decoded_and_detected_exactly_as_in_a_test(
     )
     config = Config(dataset="voc", data_root=str(tmp_path), split="test")
     dataset = open_dataset(config, "test", DIGITS)
-    images, targets = plain_collate([EvalSamples(dataset, SIZE)[0]])
+    assert loaded.anchors is not None
+    split = DetectionSplit.of(loaded.config, dataset, loaded.anchors)
+    images, targets = split.first_batch()
     assert torch.equal(letterboxed(dataset.paths[0], SIZE).image, images[0])
 
-    assert loaded.anchors is not None
-    evaluation = DetectionEvaluation(loaded.config, loaded.anchors, dataset, with_map=True)
+    evaluation = split.metrics(full=True)
     with torch.inference_mode():
         evaluation.update(loaded.model(images), targets)
     assert evaluation.detections is not None
