@@ -16,10 +16,14 @@ from typing import TYPE_CHECKING
 
 from yolo import cli
 from yolo.config import Config, parse_seconds
+from yolo.engine.launch import torchrun_launch
 from yolo.errors import UsageError
-from yolo.runs.folder import RunFolder, find_run_folder, stored_config
+from yolo.runs.folder import RunPlan, plan_run
 
 if TYPE_CHECKING:
+    import torch
+
+    from yolo.config import ResolvedConfig
     from yolo.data.samplers import MultiSizeBatchSampler
     from yolo.engine.fabric import Fabric
     from yolo.engine.state import State
@@ -57,119 +61,125 @@ class TrainArgs(Config):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, assemble, train; return the exit code."""
-    words = cli.command_line(argv)
-    config_file = cli.value_of("--config", words) or DEFAULT_CONFIG
-    folder, source, resuming = locate_run(words, Path(config_file).stem)
-    stored = stored_config(folder, source) if resuming else None  # a resumed run keeps its settings
-    args = cli.parse(TrainArgs, words, __doc__ or "", stored or config_file)
-    cfg = Config.from_dict(args.to_dict())
+    """Parse, launch, and do what the flags ask for; return the exit code."""
+    argv = cli.command_line(argv)
+    config_file = cli.value_of("--config", argv) or DEFAULT_CONFIG
+    plan = locate_run(argv, Path(config_file).stem)
+    args = cli.parse(TrainArgs, argv, __doc__ or "", plan.stored_config or config_file)
     max_seconds = parse_seconds("--max-time", args.max_time) if args.max_time else None
-    if args.plan_only and folder.holds_a_run:
-        raise UsageError(f"--plan-only would replace the schedule of {folder.path}: name another --out-dir")
+    if args.plan_only and plan.folder.holds_a_run:
+        folder = plan.folder.path
+        raise UsageError(f"--plan-only would replace the schedule of {folder}: name another --out-dir")
 
     # torch takes seconds to import: not before the arguments are known to be right
     from yolo.check_data import check_data
-    from yolo.engine import fabric as processes
-    from yolo.engine import loaders, loop, tuning
-    from yolo.engine.state import make_state
+    from yolo.engine.fabric import make_fabric
     from yolo.engine.stopping import StopRequest
-    from yolo.runs.checkpoint import find_newest
-    from yolo.runs.mirror import Mirror
-    from yolo.runs.pretrained import start_weights
-    from yolo.runs.run import Run
-    from yolo.tasks.build import build_task
 
     stop = StopRequest(max_seconds)
-    fabric, scaler = processes.make_fabric(cfg)
+    fabric, scaler = make_fabric(args)
     # rank 0 decides: other nodes may see other files
-    folder, source, resuming, stored, cfg = fabric.broadcast((folder, source, resuming, stored, cfg))
+    plan, cfg = fabric.broadcast((plan, Config.from_dict(args.to_dict())))
     fabric.seed_everything(cfg.seed, verbose=False)
     if args.check_data:
-        return 1 if fabric.is_global_zero and check_data(cfg, folder.path, fabric.print) else 0
-    with fabric.rank_zero_first(local=True) if cfg.download else nullcontext():  # one process fetches
-        task = build_task(cfg)
-    checkpoint = source
-    if resuming and source is None:
-        checkpoint = fabric.broadcast(
-            find_newest(folder.checkpoints, fabric.print) if fabric.is_global_zero else None
-        )
-    if not checkpoint and not args.plan_only:
-        with fabric.rank_zero_first(local=True):  # one process fetches
-            for line in start_weights(task.model, cfg):
-                fabric.print(line)
-    task = tuning.settle(fabric, scaler, task, folder.path, cli.read_yaml(stored) if stored else {})
-    if args.find_lr:
-        tuning.find_max_lr(fabric, scaler, task, folder.path)
-        return 0
-    cfg = task.config
-    sampler = loaders.make_sampler(fabric, cfg, len(task.train_set))
-    state = make_state(fabric, scaler, cfg, task)
-    run = Run(
-        folder,
-        task,
-        loop.plan(fabric, cfg, task, sampler),
-        state,
-        writes=fabric.is_global_zero,
-        say=fabric.print,
-        mirror=Mirror(args.mirror, folder.path.name) if args.mirror and fabric.is_global_zero else None,
-    )
-    if args.plan_only:
-        run.write_plan()
-        return 0
-
-    if checkpoint:
-        run.continue_from(checkpoint, may_replan=args.replan)
-    elif resuming:
-        fabric.print(f"nothing to resume in {folder.path}: starting fresh")
-    if state.step >= run.end:
-        if folder.results.exists():
-            fabric.print(f"{folder.path} is at its end (step {state.step}): see {folder.results}")
-            return 0
-        state.evaluation_due = True  # the last test was cut off before its results were written
-    run.start()
-    fabric.print(loop.introduction(fabric, cfg, task, run))
-    return train(fabric, state, task, sampler, stop, run)
+        return 1 if fabric.is_global_zero and check_data(cfg, plan.folder.path, fabric.print) else 0
+    return assemble(args, plan, cfg, fabric, scaler, stop)
 
 
-def locate_run(words: Sequence[str], config_name: str) -> tuple[RunFolder, Path | None, bool]:
-    """Return the folder of the run, the checkpoint that `--resume` names, and whether to go on at all."""
-    out_dir, resume = cli.value_of("--out-dir", words), cli.value_of("--resume", words)
-    mirror_url = cli.value_of("--mirror", words)
-    if resume == "auto" and mirror_url:
+def locate_run(argv: Sequence[str], config_name: str) -> RunPlan:
+    """Return where to write and what to continue; for `--resume auto`, fetch what a mirror has newer."""
+    names = ("--out-dir", "--resume", "--mirror")
+    out_dir, resume, mirror = (cli.value_of(name, argv) for name in names)
+    if resume == "auto" and mirror:
         from yolo.runs.mirror import bring_back
 
-        bring_back(mirror_url, config_name, out_dir)
-    return find_run_folder(config_name, out_dir, resume)
+        bring_back(mirror, config_name, out_dir)
+    return plan_run(config_name, out_dir, resume, torchrun_launch())
+
+
+def assemble(
+    args: TrainArgs,
+    plan: RunPlan,
+    config: Config,
+    fabric: "Fabric",
+    scaler: "torch.amp.GradScaler | None",
+    stop: "StopRequest",
+) -> int:
+    """Open the data, build every part, take over the checkpoint, and train; return the exit code."""
+    from yolo.engine import loaders, tuning
+    from yolo.engine.fabric import ranks_per_node
+    from yolo.engine.state import make_state
+    from yolo.runs.mirror import Mirror
+    from yolo.runs.pretrained import start_weights
+    from yolo.runs.resume import Start, open_checkpoint, resume
+    from yolo.runs.run import Run, write_plan
+    from yolo.tasks.build import build_task
+
+    folder, log, is_writer = plan.folder, fabric.print, fabric.is_global_zero
+    with fabric.rank_zero_first(local=True) if config.download else nullcontext():  # one process fetches
+        task = build_task(config, ranks_per_node(fabric, config))
+    checkpoint = open_checkpoint(plan, fabric)
+    if not checkpoint and not args.plan_only:
+        with fabric.rank_zero_first(local=True):  # one process fetches
+            for line in start_weights(task.model, config):
+                log(line)
+    cfg = tuning.resolve(fabric, scaler, task, folder.path, checkpoint)
+    task = task.with_config(cfg)
+    if args.find_lr:
+        tuning.find_max_lr(fabric, scaler, task, cfg, folder.path)
+        return 0
+    sampler = loaders.make_sampler(fabric, cfg, len(task.train_set))
+    schedule = tuning.plan(fabric, cfg, task, sampler)
+    if args.plan_only:
+        if is_writer:
+            write_plan(schedule, folder.schedule, log)
+        return 0
+    state = make_state(fabric, scaler, cfg, task)
+    start = Start(schedule)
+    if checkpoint:
+        start = resume(checkpoint, folder, task, schedule, state, may_replan=args.replan, log=log)
+        del checkpoint  # it is as large as the state
+    mirror = Mirror(args.mirror, folder.path.name) if args.mirror and is_writer else None
+    run = Run(plan, start, cfg, task, state, writes=is_writer, log=log, mirror=mirror)
+    return train(fabric, cfg, state, task, sampler, stop, run)
 
 
 def train(
     fabric: "Fabric",
+    cfg: "ResolvedConfig",
     state: "State",
     task: "Task",
     sampler: "MultiSizeBatchSampler",
     stop: "StopRequest",
     run: "Run",
 ) -> int:
-    """Train, test and save, epoch after epoch, until the end or a request to stop; return the exit code."""
-    from yolo.engine import fabric as processes
+    """Train, test and save, epoch after epoch, to the end or a request to stop; return the exit code."""
     from yolo.engine import loaders, loop
+    from yolo.engine.fabric import agree, agreed_reason
+    from yolo.engine.introduction import introduction
     from yolo.engine.stopping import EXIT_CODES
 
+    if state.step >= run.end:
+        if run.folder.results.exists():
+            fabric.print(f"{run.folder.path} is at its end (step {state.step}): see {run.folder.results}")
+            return 0
+        state.evaluation_due = True  # the last test was cut off before its results were written
+    run.start()
+    fabric.print(introduction(fabric, cfg, task, run))
     sampler.set_position(state.epoch, state.batch)
-    train_loader = loaders.make_train_loader(fabric, task.config, task, sampler)
-    steps = loop.optimizer_steps(train_loader, task.config.grad_accum_steps)
-    test_loader = loaders.make_eval_loader(fabric, task.config, task.eval_split)
+    train_loader = loaders.make_train_loader(fabric, cfg, task, sampler)
+    steps = loop.optimizer_steps(train_loader, cfg.grad_accum_steps)
+    eval_loader = loaders.make_eval_loader(fabric, cfg, task.eval_split)
     results = None
     while results is None or state.step < run.end:
         if not state.evaluation_due and state.step < run.end:
             loop.train_one_epoch(fabric, state, task, steps, stop, run)
-        reason = processes.agreed_reason(fabric, stop)
+        reason = agreed_reason(fabric, stop)
         if reason is None:
-            results = loop.evaluate_if_due(fabric, state, task, test_loader, stop, run)
-            reason = processes.agreed_reason(fabric, stop)
+            results = loop.evaluate_if_due(fabric, state, task, eval_loader, stop, run)
+            reason = agreed_reason(fabric, stop)
         at_end = state.step >= run.end
-        if any(processes.agree(fabric, at_end or reason is not None or run.save_is_due(state.step))):
+        if any(agree(fabric, at_end or reason is not None or run.save_is_due(state.step))):
             run.save()
         if reason is not None:
             run.close()

@@ -14,13 +14,13 @@ import torch
 
 from yolo import files
 from yolo.engine import loop, tuning
-from yolo.runs import checkpoint, run
+from yolo.runs import checkpoint, folder
 from yolo.tasks.detection import DetectionTask
 
 
 def impatient() -> None:
     """Do not wait for another training in the same folder to end."""
-    run.LOCK_SECONDS = 0.1
+    folder.LOCK_SECONDS = 0.1
 
 
 def no_locks() -> None:

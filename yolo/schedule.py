@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from yolo.config import ScheduleConfig
+from yolo.config import ResolvedConfig
 from yolo.errors import UserError
 from yolo.files import replacing
 
@@ -87,21 +87,16 @@ _COLUMNS = "# step lr beta1"
 
 
 def plan_schedule(
-    cfg: ScheduleConfig,
+    cfg: ResolvedConfig,
     *,
     ranks: int,
     dataset_size: int,
     dataset_digest: str,
     steps_per_epoch: int,
-    optimizer: str = "adam",
 ) -> Schedule:
-    """Plan the whole cycle: `cfg.epochs * steps_per_epoch` rows, rounded.
-
-    `cfg.batch_size` and `cfg.max_lr` must be numbers by now: `auto` is resolved before.
-    """
-    assert cfg.batch_size != "auto" and cfg.max_lr != "auto"
+    """Plan the whole cycle: `cfg.epochs * steps_per_epoch` rows, rounded."""
     header = Schedule(
-        optimizer=optimizer,
+        optimizer=cfg.optimizer,
         global_batch=cfg.batch_size,
         grad_accum_steps=cfg.grad_accum_steps,
         ranks=ranks,

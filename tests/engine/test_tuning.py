@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from yolo.cli import read_yaml
-from yolo.config import Config
+from yolo.config import Config, ResolvedConfig
 from yolo.engine import fabric as processes
 from yolo.engine import tuning
 from yolo.errors import UserError
+from yolo.runs.checkpoint import Checkpoint
 from yolo.tasks.base import Task
 from yolo.tasks.build import build_task
 
@@ -72,19 +73,20 @@ def test_an_error_that_is_not_about_memory_is_not_hidden(
         tuning.find_batch_size(fabric, task.config, task)
 
 
-def test_settling_tries_on_a_copy_and_an_earlier_start_decides(
+def test_resolving_auto_tries_on_a_copy_and_an_earlier_start_decides(
     fabric: Any, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {name: value.clone() for name, value in task.model.state_dict().items()}
     monkeypatch.setattr(tuning, "RANGE_STEPS", 3)
     monkeypatch.setattr(tuning, "CPU_BATCH", 2)
-    settled = tuning.settle(fabric, None, task, tmp_path, {}).config
+    settled = tuning.resolve(fabric, None, task, tmp_path, None)
     assert settled.batch_size == 2
     assert isinstance(settled.max_lr, float) and settled.max_lr > 0
     assert (tmp_path / "lr_range.png").read_bytes().startswith(b"\x89PNG")
     after = task.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    again = tuning.settle(fabric, None, task, tmp_path, {"batch_size": 6, "max_lr": 0.5}).config
+    earlier = Checkpoint(Path("earlier.ckpt"), {"config": {"batch_size": 6, "max_lr": 0.5}})
+    again = tuning.resolve(fabric, None, task, tmp_path, earlier)
     assert (again.batch_size, again.max_lr) == (6, 0.5)
 
 
@@ -109,19 +111,19 @@ def test_train_time_plans_the_epochs_that_fit_with_their_tests(
 ) -> None:
     monkeypatch.setattr(tuning, "_seconds_of_a_step", lambda *_: 10.0)
     monkeypatch.setattr(tuning, "_seconds_of_a_test", lambda *_: 40.0)
-    changed = {"batch_size": 4, "max_lr": 1e-3, "train_time": "1000s", "eval_every": 2}
-    task = task.with_config(Config.from_dict({**task.config.to_dict(), **changed}))
+    changed = {"batch_size": 4, "max_lr": 1e-3, "eval_every": 2}
+    cfg = ResolvedConfig.from_dict({**task.config.to_dict(), **changed})
     # 24 images are 6 steps: 60 s, and half a test; the last test is always made
-    assert tuning.epochs_in_time(fabric, None, task) == pytest.approx((1000 - 40) / 80, abs=0.3)
+    assert tuning.epochs_in_time(fabric, None, task, cfg, 1000.0) == pytest.approx((1000 - 40) / 80, abs=0.3)
 
 
 def test_train_time_measures_without_touching_the_run(fabric: Any, task: Task) -> None:
     changed = {"batch_size": 4, "max_lr": 1e-3, "train_time": "10m", "mosaic_off_share": 0.5}
     task = task.with_config(Config.from_dict({**task.config.to_dict(), **changed}))
     before = {name: value.clone() for name, value in task.model.state_dict().items()}
-    settled = tuning.settle(fabric, None, task, Path("unused"), {})
-    assert settled.config.epochs > task.config.epochs  # these steps take milliseconds
-    assert settled.train_samples.mosaic_epochs == pytest.approx(settled.config.epochs / 2)
-    assert all(torch.equal(value, before[name]) for name, value in settled.model.state_dict().items())
-    resumed = tuning.settle(fabric, None, task, Path("unused"), {"epochs": 7})
-    assert resumed.config.epochs == 7
+    cfg = tuning.resolve(fabric, None, task, Path("unused"), None)
+    assert cfg.epochs > task.config.epochs  # these steps take milliseconds
+    assert task.with_config(cfg).train_samples.mosaic_epochs == pytest.approx(cfg.epochs / 2)
+    assert all(torch.equal(value, before[name]) for name, value in task.model.state_dict().items())
+    earlier = Checkpoint(Path("earlier.ckpt"), {"config": {"epochs": 7}})
+    assert tuning.resolve(fabric, None, task, Path("unused"), earlier).epochs == 7

@@ -112,7 +112,8 @@ def test_a_damaged_newest_is_reported_and_the_one_before_taken(tmp_path: Path) -
     intact, damaged = save(tmp_path, 9), save(tmp_path, 10)
     damaged.write_bytes(damaged.read_bytes()[:100])
     warnings: list[str] = []
-    assert find_newest(tmp_path, warnings.append) == intact
+    newest = find_newest(tmp_path, warnings.append)
+    assert newest and newest.path == intact and newest.content["step"] == 9
     assert len(warnings) == 1 and damaged.name in warnings[0]
     intact.write_bytes(b"")
     with pytest.raises(UserError, match="no checkpoint can be read"):
@@ -123,7 +124,8 @@ def test_newest_means_the_highest_step_and_fragments_do_not_count(tmp_path: Path
     assert find_newest(tmp_path / "nothing", print) is None
     paths = [save(tmp_path, step) for step in (5, 1_000_000, 999_999)]
     (tmp_path / "epoch200-step2000000-lr1.000e-03.ckpt.part").write_bytes(b"half")
-    assert find_newest(tmp_path, print) == paths[1]
+    newest = find_newest(tmp_path, print)
+    assert newest and newest.path == paths[1]
 
 
 def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:

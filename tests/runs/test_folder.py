@@ -1,9 +1,12 @@
 """Where a run writes, and what it continues."""
 
+import os
+
 import pytest
 
+from yolo.engine.launch import torchrun_launch
 from yolo.errors import UsageError
-from yolo.runs.folder import RunFolder, find_run_folder, list_checkpoints
+from yolo.runs.folder import Launch, RunFolder, list_checkpoints, plan_run
 from yolo.runs.logbook import Progress, duration, summary_lines
 
 
@@ -34,44 +37,45 @@ def test_resume_auto_takes_the_newest_unfinished_run_of_that_configuration(tmp_p
     make_run(tmp_path / "runs" / "voc-20260102-000000", steps=(1,))
     make_run(tmp_path / "runs" / "voc-20260103-000000", steps=(1,), results=True)
     make_run(tmp_path / "runs" / "digits-20260104-000000", steps=(1,))
-    folder, source, resuming = find_run_folder("voc", None, "auto")
-    assert folder.path.name == "voc-20260102-000000"
-    assert source is None
-    assert resuming
+    plan = plan_run("voc", None, "auto")
+    assert plan.folder.path.name == "voc-20260102-000000"
+    assert plan.checkpoint is None
+    assert plan.resuming
 
 
 def test_a_new_run_is_named_after_its_configuration_and_the_time(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder, source, resuming = find_run_folder("voc", None, None)
-    assert folder.path.parent.name == "runs"
-    assert folder.path.name.startswith("voc-")
-    assert (source, resuming) == (None, False)
+    plan = plan_run("voc", None, None)
+    assert plan.folder.path.parent.name == "runs"
+    assert plan.folder.path.name.startswith("voc-")
+    assert (plan.checkpoint, plan.resuming) == (None, False)
 
 
 def test_resuming_a_checkpoint_writes_into_its_own_run(tmp_path):
     run = make_run(tmp_path / "run", steps=(7,))
     [checkpoint] = list_checkpoints(run.checkpoints)
-    folder, source, _ = find_run_folder("voc", None, str(checkpoint))
-    assert folder.path == run.path
-    assert source == checkpoint
+    plan = plan_run("voc", None, str(checkpoint))
+    assert plan.folder.path == run.path
+    assert plan.checkpoint == checkpoint
 
 
 def test_a_folder_with_a_run_is_refused_unless_it_is_resumed(tmp_path):
     make_run(tmp_path / "run", steps=(7,))
     with pytest.raises(UsageError, match="--resume auto"):
-        find_run_folder("voc", str(tmp_path / "run"), None)
-    assert find_run_folder("voc", str(tmp_path / "run"), "auto")[0].path == tmp_path / "run"
+        plan_run("voc", str(tmp_path / "run"), None)
+    assert plan_run("voc", str(tmp_path / "run"), "auto").folder.path == tmp_path / "run"
 
 
 def test_a_run_that_goes_on_in_another_folder_starts_from_its_newest_checkpoint(tmp_path):
     run = make_run(tmp_path / "run", steps=(7, 9))
-    folder, source, resuming = find_run_folder("voc", str(tmp_path / "new"), str(run.path))
-    assert (folder.path, source, resuming) == (tmp_path / "new", list_checkpoints(run.checkpoints)[-1], True)
-    assert find_run_folder("voc", str(run.path), str(run.path))[1] is None
+    plan = plan_run("voc", str(tmp_path / "new"), str(run.path))
+    newest = list_checkpoints(run.checkpoints)[-1]
+    assert (plan.folder.path, plan.checkpoint, plan.resuming) == (tmp_path / "new", newest, True)
+    assert plan_run("voc", str(run.path), str(run.path)).checkpoint is None
     make_run(tmp_path / "other", steps=(3,))
-    for resume in (run.path, source):
+    for resume in (run.path, newest):
         with pytest.raises(UsageError, match="holds another run"):
-            find_run_folder("voc", str(tmp_path / "other"), str(resume))
+            plan_run("voc", str(tmp_path / "other"), str(resume))
 
 
 def test_resuming_what_holds_no_run_is_refused(tmp_path):
@@ -79,60 +83,72 @@ def test_resuming_what_holds_no_run_is_refused(tmp_path):
     make_run(tmp_path / "empty")
     for folder in (run.checkpoints, tmp_path / "empty", tmp_path):
         with pytest.raises(UsageError, match="holds no checkpoints"):
-            find_run_folder("voc", None, str(folder))
-    assert find_run_folder("voc", None, str(run.path))[0].path == run.path
+            plan_run("voc", None, str(folder))
+    assert plan_run("voc", None, str(run.path)).folder.path == run.path
 
 
 def test_a_checkpoint_outside_of_a_run_needs_a_folder_to_write_to(tmp_path):
     stray = tmp_path / "epoch000-step000007-lr1.000e-03.ckpt"
     stray.write_text("")
     with pytest.raises(UsageError, match="--out-dir"):
-        find_run_folder("voc", None, str(stray))
-    folder, source, _ = find_run_folder("voc", str(tmp_path / "mine"), str(stray))
-    assert (folder.path, source) == (tmp_path / "mine", stray)
+        plan_run("voc", None, str(stray))
+    plan = plan_run("voc", str(tmp_path / "mine"), str(stray))
+    assert (plan.folder.path, plan.checkpoint) == (tmp_path / "mine", stray)
 
 
-def as_worker_of_torchrun(monkeypatch, restart_count):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restart_count))
+def test_a_resumed_run_keeps_its_settings_and_a_fresh_one_has_none(tmp_path):
+    run = make_run(tmp_path / "run", steps=(7,))
+    run.config.write_text("epochs: 3\n")
+    [checkpoint] = list_checkpoints(run.checkpoints)
+    assert plan_run("voc", None, str(run.path)).stored_config == run.config
+    assert plan_run("voc", str(tmp_path / "new"), str(checkpoint)).stored_config == run.config
+    assert plan_run("voc", str(tmp_path / "new"), None).stored_config is None
+
+
+def launch(restarts, run_id="none", first_node=True):
+    return Launch(run_id, os.getppid(), first_node, restarts)
 
 
 @pytest.mark.parametrize("out_dir", [None, "mine"])
 def test_a_restart_by_torchrun_goes_on_in_the_folder_of_this_launch(tmp_path, monkeypatch, out_dir):
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "runs" / "voc-20260101-000000", steps=(1,))  # somebody else's, unfinished
-    as_worker_of_torchrun(monkeypatch, restart_count=0)
-    first, _, resuming = find_run_folder("voc", out_dir, None)
-    assert not resuming
-    make_run(first.path)
-    first.mark_launch()
+    first = plan_run("voc", out_dir, None, launch(restarts=0))
+    assert not first.resuming
+    make_run(first.folder.path)
+    first.launch.mark(first.folder)
     make_run(tmp_path / "runs" / "voc-20990101-000000", steps=(1,))
-    as_worker_of_torchrun(monkeypatch, restart_count=1)
-    again, source, resuming = find_run_folder("voc", out_dir, None)
-    assert again.path == first.path
-    assert (source, resuming) == (None, True)
+    again = plan_run("voc", out_dir, None, launch(restarts=1))
+    assert again.folder.path == first.folder.path
+    assert (again.checkpoint, again.resuming) == (None, True)
 
 
 def test_after_a_restart_other_nodes_find_the_folder_by_the_run_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    as_worker_of_torchrun(monkeypatch, restart_count=1)
     run = make_run(tmp_path / "runs" / "voc-20260101-000000", steps=(1,))
     run.launch.write_text("none 999999999")  # by the agent of the first node
-    assert not find_run_folder("voc", None, None)[2]
-    monkeypatch.setenv("GROUP_RANK", "1")
-    folder, _, resuming = find_run_folder("voc", None, None)
-    assert (folder.path.name, resuming) == (run.path.name, True)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
-    assert not find_run_folder("voc", None, None)[2]
+    assert not plan_run("voc", None, None, launch(1)).resuming
+    plan = plan_run("voc", None, None, launch(1, first_node=False))
+    assert (plan.folder.path.name, plan.resuming) == (run.path.name, True)
+    assert not plan_run("voc", None, None, launch(1, "another", first_node=False)).resuming
 
 
 def test_a_restart_before_anything_was_written_starts_as_the_flags_say(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "runs" / "voc-20260101-000000", steps=(1,))
-    as_worker_of_torchrun(monkeypatch, restart_count=1)
-    folder, _, resuming = find_run_folder("voc", None, None)
-    assert folder.path.name != "voc-20260101-000000"
-    assert not resuming
+    plan = plan_run("voc", None, None, launch(restarts=1))
+    assert plan.folder.path.name != "voc-20260101-000000"
+    assert not plan.resuming
+
+
+def test_what_torchrun_says_is_read_from_its_variables(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert torchrun_launch() is None
+    for name, value in (("RUN_ID", "a 1"), ("RESTART_COUNT", "2")):
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    assert torchrun_launch() == Launch("a 1", os.getppid(), first_node=True, restarts=2)
+    monkeypatch.setenv("GROUP_RANK", "1")
+    assert torchrun_launch() == Launch("a 1", os.getppid(), first_node=False, restarts=2)
 
 
 def test_replanned_schedules_stand_beside_the_first(tmp_path):

@@ -1,6 +1,5 @@
 """Opens the data set that a configuration names, whatever its layout."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,10 +13,14 @@ from yolo.data.yolo import read_csv_layout, read_yolo_folder
 from yolo.errors import UsageError
 
 
-def open_datasets(cfg: Config) -> tuple[DetectionDataset, DetectionDataset]:
+def open_datasets(cfg: Config, processes: int = 1) -> tuple[DetectionDataset, DetectionDataset]:
     """Open the training and the test set; the test set takes over the classes of the training set.
 
     With `--cache ram` both are decoded into shared memory here.
+
+    Args:
+        cfg: Layout, folder, splits, and what to do with what is broken.
+        processes: How many of this machine open them, each with a cache of its own.
 
     Raises:
         UserError: for missing data, the first defect, or too little memory.
@@ -27,7 +30,8 @@ def open_datasets(cfg: Config) -> tuple[DetectionDataset, DetectionDataset]:
     if cfg.cache == "ram":
         if cfg.skip_bad:  # a cache cannot hold a broken image
             drop_unreadable(train_set)
-        _cache(cfg, train_set, test_set)
+        for dataset in (train_set, test_set):
+            cache_images(dataset, max(*cfg.img_sizes, cfg.resolved_test_size), copies=processes)
     return train_set, test_set
 
 
@@ -72,10 +76,3 @@ def named_classes(cfg: Config) -> Sequence[str] | None:
     if cfg.classes == "voc":
         return VOC_CLASSES
     return [name.strip() for name in cfg.classes.split(",") if name.strip()]
-
-
-def _cache(cfg: Config, *datasets: DetectionDataset) -> None:
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
-    largest = max(*cfg.img_sizes, cfg.resolved_test_size)
-    for dataset in datasets:
-        cache_images(dataset, largest, copies=ranks_here)

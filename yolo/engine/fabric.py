@@ -81,6 +81,11 @@ def world(cfg: HardwareConfig) -> tuple[int | str, int]:
     return cfg.devices, cfg.num_nodes
 
 
+def ranks_per_node(fabric: Fabric, cfg: HardwareConfig) -> int:
+    """Return how many processes of this run share a machine."""
+    return fabric.world_size // world(cfg)[1]
+
+
 def sum_over_ranks(fabric: Fabric, values: Tensor) -> Tensor:
     """Add up a tensor over all ranks, in place. Fabric's `all_reduce` would wait for the device."""
     if fabric.world_size > 1:

@@ -5,22 +5,21 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from yolo.config import Config
+from yolo.config import Config, ResolvedConfig
 from yolo.data.samplers import MultiSizeBatchSampler
 from yolo.data.samples import init_worker
-from yolo.engine.fabric import Fabric, world
+from yolo.engine.fabric import Fabric, ranks_per_node
 from yolo.errors import UsageError
 from yolo.runs.provenance import available_cpus
 from yolo.tasks.base import EvalSplit, Task
 
 
-def make_sampler(fabric: Fabric, cfg: Config, num_samples: int) -> MultiSizeBatchSampler:
+def make_sampler(fabric: Fabric, cfg: ResolvedConfig, num_samples: int) -> MultiSizeBatchSampler:
     """Return this rank's share of the training order.
 
     Raises:
         UsageError: if ranks x grad_accum_steps does not divide the batch.
     """
-    assert cfg.batch_size != "auto"
     shares = fabric.world_size * cfg.grad_accum_steps
     if cfg.batch_size % shares:
         raise UsageError(
@@ -53,22 +52,21 @@ def make_train_loader(
     )
 
 
-def make_eval_loader(fabric: Fabric, cfg: Config, split: EvalSplit) -> DataLoader:
+def make_eval_loader(fabric: Fabric, cfg: ResolvedConfig, split: EvalSplit) -> DataLoader:
     """Return this rank's share of a test set, every image exactly once over all ranks."""
     share = range(fabric.global_rank, len(split.dataset), fabric.world_size)
-    batch_size = max(1, min(32, int(cfg.batch_size) // fabric.world_size)) if cfg.batch_size != "auto" else 16
     return DataLoader(
         Subset(split.samples, share),
-        batch_size=batch_size,
+        batch_size=max(1, min(32, cfg.batch_size // fabric.world_size)),
         collate_fn=split.collate,
         **_worker_settings(fabric, cfg),
     )
 
 
 def _worker_settings(fabric: Fabric, cfg: Config, start_method: str | None = None) -> dict[str, Any]:
-    local_ranks = fabric.world_size // world(cfg)[1]
     on_gpu = fabric.device.type == "cuda"
-    spare = available_cpus() // local_ranks - on_gpu  # launching kernels keeps the main process busy
+    # launching kernels keeps the main process busy
+    spare = available_cpus() // ranks_per_node(fabric, cfg) - on_gpu
     workers = max(1, spare) if cfg.workers == "auto" else cfg.workers
     return {
         "num_workers": workers,

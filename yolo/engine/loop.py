@@ -10,58 +10,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from yolo.config import Config
-from yolo.data.anchors import anchors_gained
-from yolo.data.samplers import MultiSizeBatchSampler
-from yolo.engine.fabric import Fabric, agree, agreed_reason, gather, pick_precision, sum_over_ranks
+from yolo.engine.fabric import Fabric, agree, agreed_reason, gather, sum_over_ranks
 from yolo.engine.meter import Meter
 from yolo.engine.state import State, freeze_backbone
 from yolo.engine.stopping import StopRequest
 from yolo.errors import UserError
 from yolo.runs.logbook import Progress
-from yolo.runs.provenance import hardware
 from yolo.runs.run import Run
-from yolo.schedule import Schedule, plan_schedule
 from yolo.tasks.base import EvalSplit, Metrics, Task
-
-
-def plan(fabric: Fabric, cfg: Config, task: Task, sampler: MultiSizeBatchSampler) -> Schedule:
-    """Plan the one-cycle for this data set and this global batch."""
-    return plan_schedule(
-        cfg,
-        ranks=fabric.world_size,
-        dataset_size=len(task.train_set),
-        dataset_digest=task.train_set.digest(),
-        steps_per_epoch=len(sampler),
-    )
-
-
-def introduction(fabric: Fabric, cfg: Config, task: Task, run: Run) -> str:
-    """Say what is about to run, and where."""
-    precision, why = pick_precision(cfg.precision, fabric.device.type)
-    name = f"YoloV3 on {cfg.backbone}" if cfg.task == "detection" else type(task.model).__name__
-    parameters = sum(parameter.numel() for parameter in task.model.parameters())
-    eval_set = task.eval_split.dataset
-    lines = [
-        f"run folder   {run.folder.path}",
-        f"data         {task.train_set.name}: {len(task.train_set)} images; test {eval_set.name}: "
-        f"{len(eval_set)} images; {len(task.class_names)} classes",
-        f"model        {name}, width {cfg.width:g}, {parameters:,} parameters",
-        f"hardware     {fabric.world_size} process(es) on {hardware(fabric.device)}; "
-        f"precision {precision}: {why}",
-        f"schedule     {len(run.schedule)} steps of batch {cfg.batch_size} at "
-        f"{','.join(map(str, cfg.img_sizes))} px, test at {cfg.resolved_test_size} px",
-    ]
-    gpus = torch.cuda.device_count() if fabric.device.type == "cuda" and cfg.devices != "auto" else 0
-    if gpus > fabric.world_size:
-        lines.append(f"hint         {gpus} GPUs are visible: --devices auto uses all of them")
-    if cfg.mosaic_prob > 0.75:
-        lines.append("hint         --mosaic-prob 0.5 to 0.75 is advised: no object in a mosaic is large")
-    if cfg.anchors == "auto" and task.anchors is not None:
-        lines += [f"anchors      {line}" for line in anchors_gained(task.train_set, cfg)]
-    for split in (task.train_set, eval_set):
-        lines += [f"skipped      {defect}" for defect in split.skipped]
-    return "\n".join(lines)
 
 
 def optimizer_steps(loader: DataLoader, grad_accum_steps: int) -> Iterator[list[Any]]:
@@ -140,9 +96,9 @@ def train_one_epoch(
                 run.save()
     except torch.OutOfMemoryError:
         raise UserError(
-            f"out of GPU memory at --img-sizes {max(cfg.img_sizes)} with --batch-size {cfg.batch_size}: "
-            "double --grad-accum-steps (the same batch in smaller parts), lower --batch-size, or drop the "
-            "largest of --img-sizes"
+            f"out of GPU memory at --img-sizes {max(cfg.img_sizes)} with --batch-size "
+            f"{schedule.global_batch}: double --grad-accum-steps (the same batch in smaller parts), lower "
+            "--batch-size, or drop the largest of --img-sizes"
         ) from None
     finally:
         meter.close()

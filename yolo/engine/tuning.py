@@ -1,4 +1,4 @@
-"""What a run finds out by trying before its schedule is planned: a batch that fits, a good learning rate.
+"""What a run finds out by trying, a batch that fits and a good learning rate, and the schedule from them.
 
 The learning-rate range test is Smith's (arXiv:1506.01186): train briefly while the rate rises exponentially,
 and look where the loss is lowest before it diverges. Both work on a copy: the run itself starts untouched.
@@ -8,7 +8,6 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from yolo.config import Config, parse_seconds
+from yolo.config import Config, ResolvedConfig, parse_seconds
 from yolo.data.samplers import MultiSizeBatchSampler
 from yolo.engine.fabric import Fabric, gather, sum_over_ranks
 from yolo.engine.loaders import make_sampler, make_train_loader
@@ -25,7 +24,9 @@ from yolo.engine.loop import optimizer_steps, predict, train_step
 from yolo.engine.state import State, make_optimizer, make_state
 from yolo.errors import UserError
 from yolo.files import replacing
+from yolo.runs.checkpoint import Checkpoint
 from yolo.runs.logbook import Progress
+from yolo.schedule import Schedule, plan_schedule
 from yolo.tasks.base import Task
 
 GPU_BATCH, CPU_BATCH = 256, 16  # largest micro-batches that are tried
@@ -38,29 +39,43 @@ SMOOTHING = 0.9  # weight of the past in the smoothed loss
 DIVERGED = 4.0  # times the lowest smoothed loss
 
 
-def settle(
+def resolve(
     fabric: Fabric,
     scaler: torch.amp.GradScaler | None,
     task: Task,
     folder: Path,
-    earlier: Mapping[str, Any],
-) -> Task:
-    """Replace `auto` in the task's configuration by the numbers of an `earlier` start, or found now."""
-    cfg = task.config
-    if cfg.batch_size == "auto":
-        batch_size = earlier.get("batch_size") or find_batch_size(fabric, cfg, task)
-        fabric.print(f"--batch-size auto: {batch_size}")
-        cfg = dataclasses.replace(cfg, batch_size=batch_size)
-    task = task.with_config(cfg)
-    if cfg.max_lr == "auto":
-        max_lr = earlier.get("max_lr") or find_max_lr(fabric, scaler, task, folder)
-        fabric.print(f"--max-lr auto: {max_lr}")
-        cfg = dataclasses.replace(cfg, max_lr=max_lr)
-    if cfg.train_time:
-        epochs = earlier.get("epochs") or epochs_in_time(fabric, scaler, task.with_config(cfg))
-        fabric.print(f"--train-time {cfg.train_time}: the same as --epochs {epochs:g}")
-        cfg = dataclasses.replace(cfg, epochs=epochs)
-    return task.with_config(cfg)
+    checkpoint: Checkpoint | None,
+) -> ResolvedConfig:
+    """Return the configuration with numbers for `auto` and the epochs of `--train-time`.
+
+    They are those of the checkpoint to continue, or found now.
+    """
+    values, earlier = task.config.to_dict(), checkpoint.content["config"] if checkpoint else {}
+    if values["batch_size"] == "auto":
+        values["batch_size"] = earlier.get("batch_size") or find_batch_size(fabric, task.config, task)
+        fabric.print(f"--batch-size auto: {values['batch_size']}")
+    if values["max_lr"] == "auto":
+        trial = ResolvedConfig.from_dict({**values, "max_lr": HIGHEST_LR})
+        values["max_lr"] = earlier.get("max_lr") or find_max_lr(fabric, scaler, task, trial, folder)
+        fabric.print(f"--max-lr auto: {values['max_lr']}")
+    cfg = ResolvedConfig.from_dict(values)
+    if cfg.train_time is None:
+        return cfg
+    seconds = parse_seconds("--train-time", cfg.train_time)
+    epochs = earlier.get("epochs") or epochs_in_time(fabric, scaler, task, cfg, seconds)
+    fabric.print(f"--train-time {cfg.train_time}: the same as --epochs {epochs:g}")
+    return dataclasses.replace(cfg, epochs=epochs)
+
+
+def plan(fabric: Fabric, cfg: ResolvedConfig, task: Task, sampler: MultiSizeBatchSampler) -> Schedule:
+    """Plan the one-cycle for this data set and this global batch."""
+    return plan_schedule(
+        cfg,
+        ranks=fabric.world_size,
+        dataset_size=len(task.train_set),
+        dataset_digest=task.train_set.digest(),
+        steps_per_epoch=len(sampler),
+    )
 
 
 @dataclass(frozen=True)
@@ -78,13 +93,19 @@ class LrRange:
         return float(f"{self.lr[best] / 10:.1e}")
 
 
-def find_max_lr(fabric: Fabric, scaler: torch.amp.GradScaler | None, task: Task, folder: Path) -> float:
+def find_max_lr(
+    fabric: Fabric,
+    scaler: torch.amp.GradScaler | None,
+    task: Task,
+    cfg: ResolvedConfig,
+    folder: Path,
+) -> float:
     """Run the range test, write `lr_range.txt` and `.png` to `folder`; return the proposal.
 
     Raises:
         UserError: if the loss is never finite.
     """
-    curve = run_range_test(fabric, scaler, task)
+    curve = run_range_test(fabric, scaler, task, cfg)
     if fabric.is_global_zero:
         _write_curve(curve, folder / "lr_range.txt")
         _plot_curve(curve, folder / "lr_range.png")
@@ -92,17 +113,19 @@ def find_max_lr(fabric: Fabric, scaler: torch.amp.GradScaler | None, task: Task,
     return curve.proposal
 
 
-def run_range_test(fabric: Fabric, scaler: torch.amp.GradScaler | None, task: Task) -> LrRange:
+def run_range_test(
+    fabric: Fabric, scaler: torch.amp.GradScaler | None, task: Task, cfg: ResolvedConfig
+) -> LrRange:
     """Train a copy of the model while the learning rate rises; stop when the loss has diverged."""
     trial = dataclasses.replace(task, model=copy.deepcopy(task.model))
     scaler_before = copy.deepcopy(scaler.state_dict()) if scaler else None
-    state = make_state(fabric, scaler, task.config, trial)
+    state = make_state(fabric, scaler, cfg, trial)
     rates = rising_rates(RANGE_STEPS)
     losses: list[float] = []
     progress = Progress(RANGE_STEPS, "learning-rate range test", fabric.is_global_zero)
-    sampler = make_sampler(fabric, task.config, len(task.train_set))
-    loader = make_train_loader(fabric, task.config, task, sampler)
-    steps = optimizer_steps(loader, task.config.grad_accum_steps)
+    sampler = make_sampler(fabric, cfg, len(task.train_set))
+    loader = make_train_loader(fabric, cfg, task, sampler)
+    steps = optimizer_steps(loader, cfg.grad_accum_steps)
     for lr, micro_batches in zip(rates, steps, strict=False):
         train_step(fabric, state, trial, micro_batches, lr=lr, beta1=BETA1)
         loss = float(sum_over_ranks(fabric, torch.stack([*state.loss_sums.values()]).sum()))
@@ -130,40 +153,45 @@ def smooth(losses: list[float]) -> list[float]:
     return smoothed
 
 
-def epochs_in_time(fabric: Fabric, scaler: torch.amp.GradScaler | None, task: Task) -> float:
-    """Return how many epochs, their tests included, `--train-time` has room for; at least one step.
+def epochs_in_time(
+    fabric: Fabric,
+    scaler: torch.amp.GradScaler | None,
+    task: Task,
+    cfg: ResolvedConfig,
+    seconds: float,
+) -> float:
+    """Return how many epochs, their tests included, there is room for in `seconds`; at least one step.
 
     A copy of the model trains for a while; rank 0's clock counts for all.
     """
-    cfg = task.config
-    seconds = parse_seconds("--train-time", cfg.train_time or "")
     start = time.perf_counter()
     trial = dataclasses.replace(task, model=copy.deepcopy(task.model))
     scaler_before = copy.deepcopy(scaler.state_dict()) if scaler else None
     state = make_state(fabric, scaler, cfg, trial)
-    step_seconds = _seconds_of_a_step(fabric, state, trial, MEASURING_SHARE * seconds)
+    step_seconds = _seconds_of_a_step(fabric, state, trial, cfg, MEASURING_SHARE * seconds)
     test_seconds = _seconds_of_a_test(fabric, state.ema.module, trial)
     if scaler and scaler_before:
         scaler.load_state_dict(scaler_before)
     steps_per_epoch = len(make_sampler(fabric, cfg, len(task.train_set)))
     epoch_seconds = steps_per_epoch * step_seconds + test_seconds / cfg.eval_every
     fabric.print(
-        f"speed        {int(cfg.batch_size) / step_seconds:.1f} images/s, {epoch_seconds:.0f} s an epoch, "
+        f"speed        {cfg.batch_size / step_seconds:.1f} images/s, {epoch_seconds:.0f} s an epoch, "
         f"{test_seconds:.0f} s of them a test"
     )
     left = seconds - (time.perf_counter() - start) - test_seconds  # the last test is always made
     return fabric.broadcast(max(1 / steps_per_epoch, math.floor(100 * left / epoch_seconds) / 100))
 
 
-def _seconds_of_a_step(fabric: Fabric, state: State, task: Task, at_most: float) -> float:
+def _seconds_of_a_step(
+    fabric: Fabric, state: State, task: Task, cfg: ResolvedConfig, at_most: float
+) -> float:
     """Train for `at_most` seconds or MEASURED_STEPS steps, the later, but 10 s do; return a mean step's time.
 
     Steps differ with their image size: a mean step has the mean area of `--img-sizes`.
     """
-    cfg = task.config
     loader = make_train_loader(fabric, cfg, task, make_sampler(fabric, cfg, len(task.train_set)))
     steps = optimizer_steps(loader, cfg.grad_accum_steps)
-    lr = float(cfg.max_lr) / cfg.div_factor
+    lr = cfg.max_lr / cfg.div_factor
     for micro_batches in islice(steps, 3 + 2 * loader.num_workers):  # slow first calls, and full queues
         train_step(fabric, state, task, micro_batches, lr=lr, beta1=BETA1)
     start, areas = time.perf_counter(), 0

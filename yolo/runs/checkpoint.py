@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from yolo.config import Config, parse_interval
+from yolo.config import Config, ResolvedConfig, parse_interval
 from yolo.errors import UserError
 from yolo.files import bundled, find, replacing
 from yolo.models.build import build_model
@@ -31,12 +31,20 @@ FORMAT_VERSION = 1
 BEST_FILE = "best.txt"
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint file and what was read from it."""
+
+    path: Path
+    content: dict[str, Any]
+
+
 @dataclass
 class LoadedWeights:
     """A trained network, ready for inference, with everything needed to read its output."""
 
     model: nn.Module  # eval mode, averaged weights
-    config: Config
+    config: ResolvedConfig
     class_names: tuple[str, ...]
     anchors: Tensor | None  # [3, A, 2] pixels at the test size, coarse to fine; None for classification
     results: dict[str, Any]
@@ -112,8 +120,8 @@ def content_digest(content: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def find_newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """Return the newest intact checkpoint of a folder, None if there is none at all; `warn` of damaged ones.
+def find_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """Read the newest intact checkpoint of a folder, None if there is none at all; `warn` of damaged ones.
 
     Raises:
         UserError: if there are checkpoints and all are damaged.
@@ -121,11 +129,9 @@ def find_newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
     paths = list_checkpoints(folder)
     for path in reversed(paths):
         try:
-            load_checkpoint(path)
+            return Checkpoint(path, load_checkpoint(path))
         except UserError as error:
             warn(f"warning: {error}")
-        else:
-            return path
     if paths:
         raise UserError(f"{folder}: no checkpoint can be read; start anew in another --out-dir")
     return None
@@ -246,7 +252,7 @@ def load_weights(path: Path) -> LoadedWeights:
     """
     path = find(path)
     content = _read_safetensors(path) if path.suffix == ".safetensors" else load_checkpoint(path)
-    config = Config.from_dict(content["config"])
+    config = ResolvedConfig.from_dict(content["config"])
     class_names = tuple(content["classes"])
     model = build_model(config, len(class_names))
     weights = {

@@ -1,17 +1,19 @@
 """The folder of a run: where it is, whether it may be written, and what lies in it."""
 
-import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from filelock import BaseFileLock, FileLock, Timeout
 
 from yolo.config import Config
-from yolo.errors import UsageError
+from yolo.errors import UsageError, UserError
 from yolo.files import replacing
 
 RUNS = Path("runs")
 CHECKPOINTS = "epoch*-step*-lr*.ckpt"
+LOCK_SECONDS = 10.0  # a killed start may still be ending
 
 
 class RunFolder:
@@ -26,7 +28,6 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.plots = path / "plots"
         self.launch = path / ".launch"
-        self.lock = path / ".lock"
 
     @property
     def holds_a_run(self) -> bool:
@@ -42,10 +43,25 @@ class RunFolder:
         with replacing(self.config) as temporary:
             temporary.write_text(yaml.safe_dump(values, sort_keys=False))
 
-    def mark_launch(self) -> None:
-        """Note which torchrun writes here, for its restarts."""
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            self.launch.write_text(_launch())
+    def lock(self) -> BaseFileLock | None:
+        """Keep other trainings out until this process ends, however it ends.
+
+        None on a file system without locks; anything worse shows at the next write.
+
+        Raises:
+            UserError: if another one is at work here.
+        """
+        # not a soft lock, which would outlive a killed process and keep its own resume out
+        lock = FileLock(self.path / ".lock", is_singleton=True, fallback_to_soft=False)
+        try:
+            lock.acquire(timeout=LOCK_SECONDS)
+        except Timeout:
+            raise UserError(
+                f"{self.path}: another training is at work in this folder; name another --out-dir"
+            ) from None
+        except OSError:
+            return None
+        return lock
 
     def schedules(self) -> list[Path]:
         """Return the schedule files, newest first: `schedule-3.txt`, `schedule-2.txt`, `schedule.txt`."""
@@ -59,9 +75,55 @@ class RunFolder:
         return self.path / f"schedule-{len(taken) + 1}.txt" if taken else self.schedule
 
 
-def find_run_folder(
-    config_name: str, out_dir: str | None, resume: str | None
-) -> tuple[RunFolder, Path | None, bool]:
+@dataclass(frozen=True)
+class Launch:
+    """A start by torchrun, in one of its processes: what its restarts have in common."""
+
+    run_id: str
+    agent: int  # process id of torchrun on this node
+    first_node: bool
+    restarts: int
+
+    def mark(self, folder: RunFolder) -> None:
+        """Note that this launch writes here, for its restarts."""
+        folder.launch.write_text(f"{self.run_id} {self.agent}")
+
+    def wrote(self, folder: RunFolder) -> bool:
+        """Whether it has written here: the first node's agent did, the others only share its run id."""
+        if not folder.launch.exists():
+            return False
+        run_id, _, agent = folder.launch.read_text().rpartition(" ")
+        return run_id == self.run_id and (agent == str(self.agent) or not self.first_node)
+
+    def find_folder(self, out_dir: str | None) -> RunFolder | None:
+        """Return the newest folder that it has written to."""
+        places = [Path(out_dir)] if out_dir else sorted(RUNS.glob("*"), key=lambda path: path.name[-15:])
+        return next(filter(self.wrote, map(RunFolder, reversed(places))), None)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Where a run writes, and what it continues."""
+
+    folder: RunFolder
+    resuming: bool = False
+    checkpoint: Path | None = None  # named by `--resume`; None: the newest intact one of the folder
+    launch: Launch | None = None
+
+    @property
+    def stored_config(self) -> Path | None:
+        """The configuration of the run to continue: the folder's, or that beside the checkpoint."""
+        if not self.resuming:
+            return None
+        homes = [self.folder]
+        if self.checkpoint is not None:
+            homes.append(RunFolder(self.checkpoint.absolute().parent.parent))
+        return next((home.config for home in homes if home.config.exists()), None)
+
+
+def plan_run(
+    config_name: str, out_dir: str | None, resume: str | None, launch: Launch | None = None
+) -> RunPlan:
     """Choose where a run writes, and what it continues from.
 
     After a restart by torchrun that is where the start before it wrote, whatever the flags say.
@@ -70,72 +132,50 @@ def find_run_folder(
         config_name: stem of the configuration file; names new folders.
         out_dir: what `--out-dir` says.
         resume: None, `auto`, or the path of a checkpoint or run folder.
-
-    Returns:
-        The folder; the checkpoint to continue from if `resume` names one; whether to continue at all.
+        launch: by torchrun, if it is.
 
     Raises:
         UsageError: if the folder holds a run and `resume` is not given, or `resume` names nothing.
     """
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and (folder := _last_of_launch(out_dir)):
-        return folder, None, True
+    if launch and launch.restarts > 0 and (folder := launch.find_folder(out_dir)):
+        return RunPlan(folder, True, launch=launch)
     if resume is not None and resume != "auto":
-        source = Path(resume)
-        if not source.exists():
-            raise UsageError(
-                f"--resume {source}: no such checkpoint or run folder; --resume auto looks for the newest"
-            )
-        if source.is_dir() and not list_checkpoints(RunFolder(source).checkpoints):
-            raise UsageError(f"--resume {source}: holds no checkpoints/; name a run folder or a checkpoint")
-        if not source.is_dir() and source.absolute().parent.name != "checkpoints" and out_dir is None:
-            raise UsageError(f"--resume {source}: lies in no run folder; say with --out-dir where to write")
-        home = RunFolder(source if source.is_dir() else source.absolute().parent.parent)
-        if out_dir is None or Path(out_dir).resolve() == home.path.resolve():
-            return home, None if source.is_dir() else source, True
-        if (folder := RunFolder(Path(out_dir))).holds_a_run:
-            raise UsageError(f"--out-dir {out_dir} holds another run than --resume {resume}: leave one out")
-        return folder, list_checkpoints(home.checkpoints)[-1] if source.is_dir() else source, True
-    if out_dir is not None:
-        folder = RunFolder(Path(out_dir))
-        if folder.holds_a_run and resume is None:
-            raise UsageError(
-                f"--out-dir {out_dir} holds a run: continue it with --resume auto, or choose another folder"
-            )
-        return folder, None, resume == "auto"
-    unfinished = newest_unfinished(config_name) if resume == "auto" else None
-    fresh = RunFolder(RUNS / f"{config_name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    return unfinished or fresh, None, resume == "auto"
+        folder, checkpoint = _named_run(Path(resume), out_dir)
+        return RunPlan(folder, True, checkpoint, launch)
+    if out_dir is None:
+        unfinished = newest_unfinished(config_name) if resume == "auto" else None
+        fresh = RunFolder(RUNS / f"{config_name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        return RunPlan(unfinished or fresh, resume == "auto", launch=launch)
+    folder = RunFolder(Path(out_dir))
+    if folder.holds_a_run and resume is None:
+        raise UsageError(
+            f"--out-dir {out_dir} holds a run: continue it with --resume auto, or choose another folder"
+        )
+    return RunPlan(folder, resume == "auto", launch=launch)
 
 
-def stored_config(folder: RunFolder, source: Path | None) -> Path | None:
-    """Return the configuration of the run to continue: the folder's, or that of the checkpoint `source`."""
-    homes = [folder] if source is None else [folder, RunFolder(source.absolute().parent.parent)]
-    return next((home.config for home in homes if home.config.exists()), None)
+def _named_run(source: Path, out_dir: str | None) -> tuple[RunFolder, Path | None]:
+    """Return where to go on with what `--resume` names, and the checkpoint unless it is the newest there."""
+    if not source.exists():
+        raise UsageError(
+            f"--resume {source}: no such checkpoint or run folder; --resume auto looks for the newest"
+        )
+    if source.is_dir() and not list_checkpoints(RunFolder(source).checkpoints):
+        raise UsageError(f"--resume {source}: holds no checkpoints/; name a run folder or a checkpoint")
+    if not source.is_dir() and source.absolute().parent.name != "checkpoints" and out_dir is None:
+        raise UsageError(f"--resume {source}: lies in no run folder; say with --out-dir where to write")
+    home = RunFolder(source if source.is_dir() else source.absolute().parent.parent)
+    if out_dir is None or Path(out_dir).resolve() == home.path.resolve():
+        return home, None if source.is_dir() else source
+    if (folder := RunFolder(Path(out_dir))).holds_a_run:
+        raise UsageError(f"--out-dir {out_dir} holds another run than --resume {source}: leave one out")
+    return folder, list_checkpoints(home.checkpoints)[-1] if source.is_dir() else source
 
 
 def newest_unfinished(config_name: str) -> RunFolder | None:
     """Return the newest folder of that configuration that has a checkpoint and no results yet."""
     folders = [RunFolder(path) for path in sorted(RUNS.glob(f"{config_name}-[0-9]*"), reverse=True)]
     return next((f for f in folders if list_checkpoints(f.checkpoints) and not f.results.exists()), None)
-
-
-def _launch() -> str:
-    """Return what the restarts of one torchrun have in common: its run id and its process on this node."""
-    return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
-
-
-def _is_of_launch(folder: RunFolder) -> bool:
-    """Whether this launch has written here: rank 0 on the first node, and elsewhere all share its run id."""
-    if not folder.launch.exists():
-        return False
-    if os.environ.get("GROUP_RANK", "0") == "0":
-        return folder.launch.read_text() == _launch()
-    return folder.launch.read_text().rpartition(" ")[0] == os.environ.get("TORCHELASTIC_RUN_ID")
-
-
-def _last_of_launch(out_dir: str | None) -> RunFolder | None:
-    places = [Path(out_dir)] if out_dir else sorted(RUNS.glob("*"), key=lambda path: path.name[-15:])
-    return next(filter(_is_of_launch, map(RunFolder, reversed(places))), None)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
-def summary_lines(results: dict[str, Any], rows: list[tuple[str, Any]]) -> list[str]:
+def summary_lines(results: Mapping[str, Any], rows: list[tuple[str, Any]]) -> list[str]:
     """Return a closing table: the headline results that are there, then `rows`."""
     table = [
         (title, f"{results[key]:.4f}") for key, title in HEADLINES.items() if results.get(key) is not None

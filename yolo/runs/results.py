@@ -1,23 +1,67 @@
 """An evaluation on the disk and on the terminal: `results.json`, plots, TensorBoard, a table."""
 
-import json
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from yolo.files import replacing
-from yolo.runs.logbook import summary_lines
-from yolo.viz.figures import evaluation_figures, save_figures
+from yolo.config import Config
+from yolo.files import write_json
+from yolo.runs.folder import RunFolder
+from yolo.runs.logbook import duration, read_metrics, summary_lines
+from yolo.runs.provenance import hardware, provenance
+from yolo.tasks.base import EvalSplit
+from yolo.viz.figures import evaluation_figures, plot_curves, save_figures
+
+
+def result_record(measured: Mapping[str, Any], dataset: Any, **about: Any) -> dict[str, Any]:
+    """Return what was measured with everything that is needed to measure it again.
+
+    Args:
+        measured: numbers as the metrics computed them.
+        dataset: what they were measured on.
+        about: whose predictions they are, as from `about_model`.
+    """
+    finished = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    data = {"data": dataset.name, "skipped": len(dataset.skipped)}
+    return {**measured, **about, **data, "finished": finished, **provenance()}
+
+
+def about_model(cfg: Config, split: EvalSplit, device: torch.device, processes: int) -> dict[str, Any]:
+    """Return how the averaged weights were tested: what they saw, at which thresholds, on which machine."""
+    names = ("score_threshold", "iou_threshold", "max_detections", "nms")
+    return {
+        "weights": "ema",
+        "loader": split.loader,
+        "test_size": cfg.resolved_test_size,
+        "thresholds": {name: getattr(cfg, name) for name in names},
+        "hardware": hardware(device, processes),
+    }
+
+
+def write_results(folder: RunFolder, record: Mapping[str, Any], seconds: float) -> str:
+    """Write `results.json` and the curves of a run that took `seconds`; return the closing table."""
+    write_json(folder.results, record)
+    lines = read_metrics(folder.metrics)
+    plot_curves(lines, folder.plots / "curves.png")
+    speeds = [line["images_per_second"] for line in lines if line["kind"] == "train"]
+    rows = [
+        ("data", record["data"]),
+        ("images seen", record["images_seen"]),
+        ("images per second", f"{np.median(speeds):.1f}" if speeds else "-"),
+        ("time of this process", duration(seconds)),
+        ("run folder", folder.path),
+    ]
+    return "\n".join(summary_lines(record, rows))
 
 
 def write_evaluation(folder: Path, results: Mapping[str, Any], pictures: Mapping[str, np.ndarray]) -> None:
     """Write `results.json`, every figure and picture to `plots/`, and all of it as TensorBoard events."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "results.json") as temporary:
-        temporary.write_text(json.dumps(results, indent=1))
+    write_json(folder / "results.json", results)
     images = {**evaluation_figures(results), **pictures}
     save_figures(images, folder / "plots")
     with SummaryWriter(str(folder)) as tensorboard:
@@ -28,7 +72,7 @@ def write_evaluation(folder: Path, results: Mapping[str, Any], pictures: Mapping
             tensorboard.add_image(name, image, results.get("step") or 0, dataformats="HWC")
 
 
-def table(results: dict[str, Any], rows: list[tuple[str, Any]]) -> str:
+def table(results: Mapping[str, Any], rows: list[tuple[str, Any]]) -> str:
     """Return everything a person wants to read: headlines, classes, sizes, errors, calibration, `rows`."""
     shown, calibration = results.get("shown"), results.get("calibration")
     if shown and shown["precision"] is not None:

@@ -15,9 +15,9 @@ TASKS: dict[str, type[DetectionTask] | type[ClassificationTask]] = {
 }
 
 
-def build_task(config: Config) -> Task:
-    """Open the data that `config` names and build everything else for it."""
-    return TASKS[config.task].build(config)
+def build_task(config: Config, processes: int = 1) -> Task:
+    """Open the data that `config` names, in `processes` of this machine, and build the rest for it."""
+    return TASKS[config.task].build(config, processes)
 
 
 def open_split(config: Config, class_names: Sequence[str], anchors: Tensor | None) -> EvalSplit:

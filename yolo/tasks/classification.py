@@ -56,7 +56,7 @@ class ClassificationTask(Task):
     """One class for a whole image."""
 
     @classmethod
-    def build(cls, config: Config) -> "ClassificationTask":
+    def build(cls, config: Config, processes: int = 1) -> "ClassificationTask":
         """Open the data that `config` names and build everything else for it.
 
         Raises:

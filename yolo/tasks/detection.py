@@ -104,9 +104,9 @@ class DetectionTask(Task):
     """Boxes and classes of the objects in an image."""
 
     @classmethod
-    def build(cls, config: Config) -> "DetectionTask":
+    def build(cls, config: Config, processes: int = 1) -> "DetectionTask":
         """Open the data that `config` names and build everything else for it."""
-        train_set, eval_set = open_datasets(config)
+        train_set, eval_set = open_datasets(config, processes)
         sizes = anchor_sizes(config.anchors) or cluster_anchors(train_set, config)
         anchors = make_anchors(sizes, config.resolved_test_size)
         return cls(

@@ -1,0 +1,37 @@
+"""The first lines that a training prints: what is about to run, and where."""
+
+import torch
+
+from yolo.config import ResolvedConfig
+from yolo.data.anchors import anchors_gained
+from yolo.engine.fabric import Fabric, pick_precision
+from yolo.runs.provenance import hardware
+from yolo.runs.run import Run
+from yolo.tasks.base import Task
+
+
+def introduction(fabric: Fabric, cfg: ResolvedConfig, task: Task, run: Run) -> str:
+    """Return what is about to run, and where, for people; hints and skipped files included."""
+    precision, why = pick_precision(cfg.precision, fabric.device.type)
+    name = f"YoloV3 on {cfg.backbone}" if cfg.task == "detection" else type(task.model).__name__
+    parameters = sum(parameter.numel() for parameter in task.model.parameters())
+    eval_set = task.eval_split.dataset
+    lines = [
+        f"run folder   {run.folder.path}",
+        f"data         {task.train_set.name}: {len(task.train_set)} images; test {eval_set.name}: "
+        f"{len(eval_set)} images; {len(task.class_names)} classes",
+        f"model        {name}, width {cfg.width:g}, {parameters:,} parameters",
+        f"hardware     {fabric.world_size} process(es) on {hardware(fabric.device)}; "
+        f"precision {precision}: {why}",
+        f"schedule     {len(run.schedule)} steps of batch {cfg.batch_size} at "
+        f"{','.join(map(str, cfg.img_sizes))} px, test at {cfg.resolved_test_size} px",
+    ]
+    on_gpu = fabric.device.type == "cuda" and cfg.devices != "auto"
+    if on_gpu and (gpus := torch.cuda.device_count()) > fabric.world_size:
+        lines.append(f"hint         {gpus} GPUs are visible: --devices auto uses all of them")
+    if cfg.mosaic_prob > 0.75:
+        lines.append("hint         --mosaic-prob 0.5 to 0.75 is advised: no object in a mosaic is large")
+    if cfg.anchors == "auto" and task.anchors is not None:
+        lines += [f"anchors      {line}" for line in anchors_gained(task.train_set, cfg)]
+    lines += [f"skipped      {defect}" for data in (task.train_set, eval_set) for defect in data.skipped]
+    return "\n".join(lines)
