@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from yolo import cli
 from yolo.config import Config, HardwareConfig
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
     from yolo.metrics.matching import Detections, Objects
     from yolo.runs.checkpoint import LoadedWeights
+
+
+T = TypeVar("T", bound=Config)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +100,7 @@ class EvaluateArgs(HardwareConfig):
         if self.mosaic and self.write_detections:
             raise UsageError("--write-detections needs whole images: leave out --mosaic")
 
-    def over(self, trained: Config) -> Config:
+    def over(self, trained: T) -> T:
         """Return the configuration of the training with everything that was given here."""
         names = {field.name for field in dataclasses.fields(Config)} - {"classes"}
         given = {name: getattr(self, name, None) for name in names}
@@ -145,7 +148,7 @@ def calibrate(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
     cfg = args.over(loaded.config)
     fabric, _ = make_fabric(cfg)
     split = open_split(cfg, loaded.class_names, loaded.anchors)
-    calibrated = calibrate_scores(fabric, loaded, split)
+    calibrated = calibrate_scores(fabric, cfg, loaded, split)
     results = measure(args, calibrated, fabric)
     if results is None:
         return 0
@@ -178,7 +181,7 @@ def measure(
     from yolo.engine.loaders import make_eval_loader
     from yolo.inference.fast import FlipAveraged, prepare
     from yolo.metrics.devkit import write_detections
-    from yolo.runs.provenance import hardware
+    from yolo.runs.results import about_model
     from yolo.tasks.build import open_split
     from yolo.tasks.detection import DetectionSplit, MosaicSplit
 
@@ -202,40 +205,34 @@ def measure(
     metrics: Any = loop.evaluate(fabric, model, split, loader, full=True)
     if not fabric.is_global_zero:
         return None
-    results = {
+    measured = {
         "image_count": len(split.dataset),
         **metrics.compute(),
         "seconds": time.perf_counter() - start,
+    }
+    about = {
+        **about_model(cfg, split, fabric.device, fabric.world_size),
         "checkpoint": str(loaded.path),
         "checkpoint_digest": loaded.digest,
-        "weights": "ema",
-        "loader": split.loader,
-        "test_size": cfg.resolved_test_size,
         "precision": pick_precision(cfg.precision, fabric.device.type)[0],
-        "hardware": hardware(fabric.device, fabric.world_size),
         "fast": args.fast,
         "tta": args.tta,
         "calibrated": loaded.calibration,
-        "thresholds": {
-            key: getattr(cfg, key) for key in ("score_threshold", "iou_threshold", "max_detections", "nms")
-        },
     }
     if loaded.calibration and "object_threshold" in loaded.calibration:
-        results["at_chosen_threshold"] = metrics.cells.at(loaded.calibration["object_threshold"])
+        measured["at_chosen_threshold"] = metrics.cells.at(loaded.calibration["object_threshold"])
     found = getattr(metrics, "detections", None)
     if args.write_detections and found:
         folder = Path(args.write_detections)
         write_detections(folder, found.detections(), split.dataset, cfg.split.split(":")[-1])
-    pictures = {}
+    pictures: dict[str, np.ndarray] = {}
     if loaded.task == "classification":
         from yolo.explain.misclassified import mistake_grid
 
         if (grid := mistake_grid(loaded.model, split.dataset, metrics)) is not None:
             pictures["mistakes"] = grid
-    report(
-        args, results, split.dataset, *((found.detections(), found.objects()) if found else ()), **pictures
-    )
-    return results
+    scored = (found.detections(), found.objects()) if found else ()
+    return report(args, measured, about, split.dataset, pictures, *scored)
 
 
 def score_files(args: EvaluateArgs) -> int:
@@ -247,36 +244,37 @@ def score_files(args: EvaluateArgs) -> int:
     cfg = args.over(Config(dataset="voc", classes=args.classes))
     dataset = open_dataset(cfg, cfg.split, named_classes(cfg))
     detections = read_detections(Path(args.detections or ""), dataset)
-    results = {"detections": args.detections, "image_count": len(dataset)}
-    report(args, results, dataset, detections, load_objects(dataset, range(len(dataset))))
+    objects = load_objects(dataset, range(len(dataset)))
+    about = {"detections": args.detections}
+    report(args, {"image_count": len(dataset)}, about, dataset, {}, detections, objects)
     return 0
 
 
 def report(
     args: EvaluateArgs,
-    results: dict[str, Any],
+    measured: dict[str, Any],
+    about: dict[str, Any],
     dataset: Any,
+    pictures: "dict[str, np.ndarray]",
     detections: "Detections | None" = None,
     objects: "Objects | None" = None,
-    **pictures: "np.ndarray",
-) -> None:
-    """Complete the results by what the detections tell, write them with all pictures, print the table."""
+) -> dict[str, Any]:
+    """Complete what was measured by what the detections tell; write, print and return all that is known."""
     from yolo.metrics.report import detection_report
-    from yolo.runs.provenance import provenance
-    from yolo.runs.results import table, write_evaluation
+    from yolo.runs.results import result_record, table, write_evaluation
     from yolo.viz.error_grids import error_grids
 
     if detections is not None and objects is not None:
-        results |= detection_report(detections, objects, dataset.class_names, args.matching)
-        results["matching"] = args.matching
+        measured |= detection_report(detections, objects, dataset.class_names, args.matching)
+        about["matching"] = args.matching
         pictures |= error_grids(dataset, detections, objects, args.matching)
-    finished = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    results |= {"data": dataset.name, "skipped": len(dataset.skipped), "finished": finished, **provenance()}
-    folder = output_folder(args, "evaluations", Path(results.get("checkpoint", "")))
-    write_evaluation(folder, results, pictures)
+    record = result_record(measured, dataset, **about)
+    folder = output_folder(args, "evaluations", Path(record.get("checkpoint", "")))
+    write_evaluation(folder, record, pictures)
     print("".join(f"skipped      {line}\n" for line in dataset.skipped), end="")
-    source = ", ".join(str(results[key]) for key in ("data", "loader") if key in results)
-    print(table(results, [("data", f"{source}: {results['image_count']} images"), ("written to", folder)]))
+    source = ", ".join(str(record[key]) for key in ("data", "loader") if key in record)
+    print(table(record, [("data", f"{source}: {record['image_count']} images"), ("written to", folder)]))
+    return record
 
 
 def predict_pictures(args: EvaluateArgs, loaded: "LoadedWeights") -> int:

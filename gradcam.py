@@ -9,7 +9,6 @@ python gradcam.py --evaluate --num-images 100 --data-root VOCdevkit   # pointing
 """
 
 import dataclasses
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import tyro
 from yolo import cli
 from yolo.config import Floats
 from yolo.errors import UsageError, UserError
-from yolo.files import replacing
+from yolo.files import write_json
 
 if TYPE_CHECKING:
     from yolo.explain.cam import CamSettings
@@ -211,8 +210,7 @@ def evaluate(args: GradcamArgs, loaded: "LoadedWeights") -> int:
         **provenance(),
     }
     path = Path(args.output or "gradcam") / "explanations.json"
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1))
+    write_json(path, content)
     print(f"{explained} correct predictions in {len(images)} images of {test.dataset.name} -> {path}")
     return 0
 

@@ -164,7 +164,7 @@ def train(
             fabric.print(f"{run.folder.path} is at its end (step {state.step}): see {run.folder.results}")
             return 0
         state.evaluation_due = True  # the last test was cut off before its results were written
-    run.start()
+    run.open()
     fabric.print(introduction(fabric, cfg, task, run))
     sampler.set_position(state.epoch, state.batch)
     train_loader = loaders.make_train_loader(fabric, cfg, task, sampler)

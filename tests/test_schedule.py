@@ -26,6 +26,11 @@ def planned(steps_per_epoch: int = 25, ranks: int = 1, digest: str = "abc", **se
     )
 
 
+def test_a_schedule_belongs_to_its_optimizer(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="optimizer adam -> adamw"):
+        check_resume(planned(), planned(optimizer="adamw"), tmp_path / "schedule.txt")
+
+
 @pytest.mark.parametrize("anneal", ["cos", "linear"])
 @pytest.mark.parametrize("pct_start", [0.0, 0.2, 0.37, 1.0])
 @pytest.mark.parametrize("steps_per_epoch", [1, 3, 25])

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import faults
@@ -15,8 +16,9 @@ from filelock import FileLock
 from launching import train
 
 from yolo.engine.stopping import SAME_SIGNAL
-from yolo.runs.checkpoint import content_digest, load_checkpoint
-from yolo.runs.folder import list_checkpoints
+from yolo.runs import checkpoint, resume
+from yolo.runs.checkpoint import content_digest, load_checkpoint, save_checkpoint
+from yolo.runs.folder import RunFolder, RunPlan, list_checkpoints
 from yolo.runs.logbook import TIMINGS, read_metrics
 from yolo.schedule import read_schedule
 
@@ -243,6 +245,28 @@ def test_an_unwritable_folder_is_one_line(tiny_config: Path, tmp_path: Path) -> 
 def test_a_time_without_a_unit_is_refused(trainer: Trainer) -> None:
     assert trainer("--max-time", "90") == 2
     assert "90s" in trainer.error()
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_rank_reads_the_checkpoint_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool, rank: int
+) -> None:
+    folder = RunFolder(tmp_path)
+    newest = folder.checkpoints / "epoch001-step000009-lr1.000e-03.ckpt"
+    save_checkpoint(newest, {"model": {"weight": torch.ones(3)}, "step": 9})
+    read: list[Path] = []
+
+    def count(path: Path) -> dict[str, Any]:
+        read.append(path)
+        return load_checkpoint(path)
+
+    for module in (checkpoint, resume):
+        monkeypatch.setattr(module, "load_checkpoint", count)
+    fabric = SimpleNamespace(is_global_zero=rank == 0, print=print, broadcast=lambda path: newest)
+    found = resume.open_checkpoint(RunPlan(folder, True, newest if named else None), fabric)
+    assert found and (found.path, found.content["step"]) == (newest, 9)
+    assert read == [newest]
 
 
 def truncate(path: Path) -> None:

@@ -106,6 +106,8 @@ def test_evaluating_the_last_checkpoint_gives_the_results_of_the_run(finished_ru
     again = json.loads((tmp_path / "results.json").read_text())
     for name in ("class_accuracy", "no_object_accuracy", "object_accuracy", "map_50"):
         assert again[name] == pytest.approx(own[name], abs=1e-9)
+    for name in ("weights", "loader", "test_size", "thresholds", "hardware", "data", "skipped", "versions"):
+        assert again[name] == own[name]
 
 
 def test_max_steps_ends_early_leaves_the_schedule_and_evaluates(tiny_digits, tmp_path):

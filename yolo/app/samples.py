@@ -26,6 +26,7 @@ from yolo.data.labelled import ImageDataset
 from yolo.data.labelled import open_dataset as open_images
 from yolo.data.sources import open_dataset
 from yolo.data.voc import read_voc
+from yolo.files import write_json
 from yolo.metrics.classification import ClassificationMetrics
 from yolo.runs.checkpoint import LoadedWeights
 
@@ -121,7 +122,7 @@ def write_samples(folder: Path, loaded: LoadedWeights, config: Config, count: in
             name = "handwritten digits on photographs"
         content = SampleSet(folder, loaded.class_names, name, 0, tuple(samples))
     record = {key: value for key, value in asdict(content).items() if key != "folder"}
-    (folder / INDEX_FILE).write_text(json.dumps(record, indent=1))
+    write_json(folder / INDEX_FILE, record)
     return content
 
 

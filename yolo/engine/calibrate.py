@@ -6,6 +6,7 @@ from typing import cast
 
 import torch
 
+from yolo.config import ResolvedConfig
 from yolo.engine.fabric import Fabric
 from yolo.engine.loaders import make_eval_loader
 from yolo.engine.loop import evaluate
@@ -18,7 +19,9 @@ PASSES = 2  # new scores keep other boxes: a second fit halved the error of the 
 SCORE_THRESHOLD = 0.001  # of calibrated weights: most boxes that held 0.01 before are below it now
 
 
-def calibrate_scores(fabric: Fabric, loaded: LoadedWeights, split: DetectionSplit) -> LoadedWeights:
+def calibrate_scores(
+    fabric: Fabric, cfg: ResolvedConfig, loaded: LoadedWeights, split: DetectionSplit
+) -> LoadedWeights:
     """Return the weights with heads whose scores say how often a detection is right.
 
     Each scale's objectness becomes a * objectness + b, folded into the last convolution of its head, so
@@ -30,7 +33,7 @@ def calibrate_scores(fabric: Fabric, loaded: LoadedWeights, split: DetectionSpli
     for _ in range(PASSES):
         config = dataclasses.replace(split.config, score_threshold=SCORE_THRESHOLD if errors else 0.01)
         data_split = CalibrationSplit.like(dataclasses.replace(split, config=config))
-        data = evaluate(fabric, model, data_split, make_eval_loader(fabric, config, split), full=True)
+        data = evaluate(fabric, model, data_split, make_eval_loader(fabric, cfg, split), full=True)
         assert data is not None
         fitted = fabric.broadcast(data.compute() if fabric.is_global_zero else {})
         errors.append(fitted["expected_error"])

@@ -5,7 +5,6 @@ detections = Detector.load().detect("photo.jpg")
 """
 
 import csv
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from yolo.data.dataset import read_rgb
 from yolo.data.images import letterboxed
 from yolo.data.labelled import to_32
 from yolo.errors import UsageError, UserError
-from yolo.files import replacing
+from yolo.files import replacing, write_json
 from yolo.inference.fast import prepare
 from yolo.metrics.report import SHOWN_SCORE
 from yolo.models.yolov3 import to_detections
@@ -217,8 +216,7 @@ def predict_files(
 def write_predictions(answers: Sequence[dict[str, Any]], folder: Path) -> None:
     """Write `predictions.json` and, one line per detection or class, `predictions.csv`."""
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "predictions.json") as temporary:
-        temporary.write_text(json.dumps(answers, indent=1))
+    write_json(folder / "predictions.json", answers)
     with replacing(folder / "predictions.csv") as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(

@@ -47,7 +47,7 @@ class Run:
         log: Callable[[str], None],
         mirror: Mirror | None = None,
     ) -> None:
-        """Keep the parts together; nothing is written before `start`.
+        """Keep the parts together; nothing is written before `open`.
 
         Args:
             plan: where the run lives.
@@ -61,7 +61,7 @@ class Run:
         """
         self.plan = plan
         self.folder = plan.folder
-        self.begin = start
+        self.start = start
         self.schedule = start.schedule
         self.cfg = cfg
         self.task = task
@@ -81,17 +81,17 @@ class Run:
         """The number of optimizer steps after which training ends."""
         return min(len(self.schedule), self.cfg.max_steps or len(self.schedule))
 
-    def start(self) -> None:
+    def open(self) -> None:
         """Open the records; write the configuration and the schedule if they are new."""
         if not self.writes:
             return
-        folder, resumed = self.folder, self.begin.checkpoint is not None
+        folder, resumed = self.folder, self.start.checkpoint is not None
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
         self.lock = folder.lock()
         if self.plan.launch:
             self.plan.launch.mark(folder)
         folder.write_config(self.cfg)  # on a resume too: its flags hold from now on
-        if not self.begin.schedule_is_stored:
+        if not self.start.schedule_is_stored:
             write_plan(self.schedule, folder.next_schedule() if resumed else folder.schedule, self.log)
         if resumed:
             folder.results.unlink(missing_ok=True)  # they belong to an earlier end of this run
