@@ -174,7 +174,8 @@ def save_weights(
     calibration: Mapping[str, Any] | None = None,
 ) -> None:
     """Write half-precision `.safetensors` with all else as metadata."""
-    tensors = {name: _half(value).contiguous() for name, value in model.state_dict().items()}
+    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    tensors = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
     metadata = {
         "format_version": str(FORMAT_VERSION),
         "config": json.dumps(config.to_dict()),
@@ -300,10 +301,6 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         **{key: json.loads(metadata[key]) for key in ("config", "classes", "anchors", "results")},
         "calibration": json.loads(metadata.get("calibration", "null")),
     }
-
-
-def _half(value: Tensor) -> Tensor:
-    return value.detach().cpu().half() if value.is_floating_point() else value.detach().cpu()
 
 
 def _parts(value: Any) -> Iterator[bytes]:

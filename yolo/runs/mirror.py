@@ -168,8 +168,12 @@ def find_run(url: str, config_name: str) -> str | None:
         UserError: if the mirror cannot be read.
     """
     fs, root = _open(url)
-    runs = (run for run in reversed(_names(fs, root, url)) if fnmatch(run, f"{config_name}-[0-9]*"))
-    return next((run for run in runs if _is_unfinished(fs, f"{root}/{run}", url)), None)
+    runs = [run for run in _names(fs, root, url) if fnmatch(run, f"{config_name}-[0-9]*")]
+    for run in reversed(runs):
+        is_finished = "results.json" in _names(fs, f"{root}/{run}", url)
+        if not is_finished and _checkpoint_names(fs, f"{root}/{run}", url):
+            return run
+    return None
 
 
 def fetch_run(
@@ -242,10 +246,6 @@ def _names(fs: AbstractFileSystem, folder: str, url: str) -> list[str]:
         return []
     except Exception as error:
         raise _unreadable(url, error) from None
-
-
-def _is_unfinished(fs: AbstractFileSystem, run: str, url: str) -> bool:
-    return "results.json" not in _names(fs, run, url) and bool(_checkpoint_names(fs, run, url))
 
 
 def _checkpoint_names(fs: AbstractFileSystem, run: str, url: str) -> list[str]:
