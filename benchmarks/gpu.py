@@ -237,7 +237,7 @@ class Table:
         with profile(activities=[activity]) as profiler:
             step()
             self._wait()
-        events = profiler.key_averages()
+        events = [event for event in profiler.key_averages() if event.self_device_time_total]
         busy = {event.key: event.self_device_time_total / 1e3 for event in events}
         largest = sorted(busy, key=busy.__getitem__, reverse=True)[:12]
         return {

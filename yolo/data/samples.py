@@ -182,8 +182,12 @@ def init_worker(worker_id: int) -> None:
 
     Ctrl-C and torchrun signal the whole process group. The step that is running still needs its workers, so
     they leave the group; they end with the process that they serve.
+
+    Batches are handed over by the name of their shared memory. Handed over as a file descriptor, each waits
+    until a thread of this busy process has answered four messages.
     """
     cv2.setNumThreads(0)
+    torch.multiprocessing.set_sharing_strategy("file_system")
     if hasattr(os, "setpgid"):  # not on Windows
         os.setpgid(0, 0)
 
