@@ -184,6 +184,13 @@ def test_the_last_epochs_can_do_without_mosaic(digits: DetectionDataset):
     assert tiles == [4] * 8 + [1] * 2
 
 
+def test_mosaic_ends_within_an_epoch_when_the_run_is_shorter_than_one(digits: DetectionDataset):
+    cfg = Config(mosaic_prob=1.0, mosaic_off_share=0.25, epochs=0.8)
+    samples = TrainSamples(digits, cfg, 0)
+    tiles = [len(samples.plan(SampleKey(0, 0, 64, passed))) for passed in (0.0, 0.59, 0.61, 0.79)]
+    assert tiles == [4, 4, 1, 1]
+
+
 def test_a_mosaic_fills_the_canvas_and_shows_only_what_its_images_hold(digits: DetectionDataset):
     for _, tiles, notes in samples_of(digits, replace(CFG, mosaic_prob=1.0), 300):
         covered = np.zeros((416, 416), int)

@@ -20,6 +20,7 @@ class SampleKey:
     epoch: int
     index: int  # modulo the size of the data set; beyond it, a repeat of the sample with other augmentations
     img_size: int
+    passed: float = 0.0  # share of the epoch before this sample's step, in [0, 1)
 
 
 class MultiSizeBatchSampler(Sampler[list[SampleKey]]):
@@ -84,7 +85,7 @@ class MultiSizeBatchSampler(Sampler[list[SampleKey]]):
                 size = self.img_size(epoch * len(self) + batch)
                 indices = order[batch * self.batch_size :][: self.batch_size]
                 for mine in indices.reshape(self.grad_accum_steps, self.world_size, -1)[:, self.rank]:
-                    yield [SampleKey(epoch, int(index), size) for index in mine]
+                    yield [SampleKey(epoch, int(index), size, batch / len(self)) for index in mine]
             first_batch = 0
 
     def img_size(self, step: int) -> int:

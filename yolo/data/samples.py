@@ -78,7 +78,7 @@ class TrainSamples(Dataset[TrainSample]):
         """Return where the sample's images go: one letterboxed image, or the four tiles of a mosaic."""
         rng = np.random.default_rng([self.seed, key.epoch, key.index, attempt, PLAN])
         index = (key.index + attempt) % len(self.dataset)
-        if key.epoch >= self.mosaic_epochs or rng.random() >= self.mosaic_prob:
+        if key.epoch + key.passed >= self.mosaic_epochs or rng.random() >= self.mosaic_prob:
             return [letterbox_tile(index, self.dataset.annotation(index), key.img_size)]
         indices = [index, *(int(partner) for partner in rng.integers(len(self.dataset), size=3))]
         rng.shuffle(indices)
