@@ -35,7 +35,7 @@ _DECODE_FLAGS = {
 }
 
 # What is broken or too large is one clear line of ours, and not several of OpenCV's and Pillow's as well.
-cv2.utils.logging.setLogLevel(0)
+(cv2.utils.logging if hasattr(cv2.utils, "logging") else cv2).setLogLevel(0)  # before OpenCV 5 it was in cv2
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 

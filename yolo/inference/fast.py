@@ -100,6 +100,8 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
 def cpu_computes_bf16() -> bool:
     """Return whether this CPU has bfloat16 instructions; without them it is slower than float32."""
+    if not hasattr(torch.cpu, "get_capabilities"):  # torch 2.6
+        return torch.cpu._is_avx512_bf16_supported()
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
