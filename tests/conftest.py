@@ -27,7 +27,7 @@ def voc_root() -> Path:
 
 @pytest.fixture(scope="session")
 def cifar10_root() -> Path:
-    """The CIFAR-10 folder or archive that CIFAR10_ROOT names."""
+    """The folder of the official binary CIFAR-10 (`cifar-10-batches-bin/`) that CIFAR10_ROOT names."""
     return _real_data("CIFAR10_ROOT")
 
 

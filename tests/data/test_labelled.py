@@ -271,8 +271,10 @@ def test_the_most_confident_mistakes_come_first() -> None:
     assert metric.worst_mistakes(2).tolist() == [3, 0]
 
 
-def test_real_archive_has_50000_and_10000_images(cifar10_root: Path) -> None:
-    train, test = open_datasets(_images(cifar10_root))
+def test_the_official_files_have_50000_and_10000_images(cifar10_root: Path) -> None:
+    train, test = open_datasets(
+        DataConfig(task="classification", dataset="cifar10", data_root=str(cifar10_root))
+    )
     assert (len(train), len(test)) == (50_000, 10_000)
     assert train.class_names == labelled.CIFAR10_CLASSES
     assert np.bincount(train.labels).tolist() == [5000] * 10
