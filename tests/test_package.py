@@ -50,9 +50,20 @@ def test_the_wheel_asks_for_what_the_requirements_name(site: Path):
 
 
 def test_a_script_finds_the_configurations_of_the_wheel(site: Path, tmp_path: Path):
-    shown = python(site, tmp_path, "-m", "yolo", "train", "--config", "configs/voc_small.yaml", "--help")
+    shown = python(site, tmp_path, "-m", "yolo", "train", "--config", "configs/voc.yaml", "--help")
     assert shown.returncode == 0, shown.stderr
     assert "data/VOCdevkit" in shown.stdout  # the default of that file
+
+
+def test_the_detector_of_the_wheel_sees_a_cat(site: Path, tmp_path: Path):
+    code = (
+        "import sys; import yolo; assert 'torch' not in sys.modules\n"
+        "from yolo import Detector\n"
+        f"print(Detector.load().detect({str(ROOT / 'samples/detection/cat.jpg')!r}))"
+    )
+    answer = python(site, tmp_path, "-c", code)
+    assert answer.returncode == 0, answer.stderr
+    assert "cat" in answer.stdout
 
 
 def test_without_a_command_the_usage_names_them_all(tmp_path: Path):
