@@ -227,7 +227,7 @@ def test_calibrating_writes_a_new_weight_file_that_is_used_like_any_other(
     trained = tmp_path / "weights.safetensors"
     trained.write_bytes(weights.read_bytes())
     words = ["--checkpoint", str(trained), "--split", "test", *CPU, "--out-dir"]
-    assert evaluate.main([*words, str(tmp_path / "fit"), "--calibrate"]) == 0
+    assert evaluate.main([*words, str(tmp_path / "fit"), "--calibrate", "--nms", "merge"]) == 0
     calibrated = tmp_path / "weights-calibrated.safetensors"
     assert trained.read_bytes() == weights.read_bytes()
     results = results_in(tmp_path / "fit")
@@ -239,6 +239,7 @@ def test_calibrating_writes_a_new_weight_file_that_is_used_like_any_other(
     stored = load_weights(calibrated)
     assert stored.calibration["expected_error_after"] == after
     assert stored.calibration["images"] == results["image_count"]
+    assert stored.config.nms == "merge"  # as it was when the scores were fitted
     assert np.shape(stored.calibration["factors"]) == (3, 2)
     words[1] = str(calibrated)
     assert evaluate.main([*words, str(tmp_path / "again")]) == 0

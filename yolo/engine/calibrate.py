@@ -43,6 +43,11 @@ def calibrate_scores(
     return dataclasses.replace(
         loaded,
         model=model,
-        config=dataclasses.replace(loaded.config, score_threshold=SCORE_THRESHOLD),
+        config=dataclasses.replace(  # suppression is part of what was fitted
+            loaded.config,
+            score_threshold=SCORE_THRESHOLD,
+            nms=cfg.nms,
+            iou_threshold=cfg.iou_threshold,
+        ),
         calibration={"factors": factors.tolist(), "expected_error_before": errors[0]},
     )
