@@ -16,6 +16,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from scipy.integrate import trapezoid
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torchvision.ops import box_iou
@@ -156,8 +157,8 @@ def measure_map(subject: Subject, heat: np.ndarray, rng: np.random.Generator) ->
     deletion = subject.scores(perturbed(image, grey, heat, rng)) / whole
     insertion = subject.scores(perturbed(blurred, image, heat, rng)) / whole
     measures = {
-        "deletion": float(np.trapezoid(deletion, SHARES)),
-        "insertion": float(np.trapezoid(insertion, SHARES)),
+        "deletion": float(trapezoid(deletion, SHARES)),
+        "insertion": float(trapezoid(insertion, SHARES)),
         "deletion_curve": deletion,
         "insertion_curve": insertion,
         "zero": float(not heat.any()),
