@@ -69,13 +69,19 @@ def test_pictures_in_both_splits_are_found_even_when_encoded_anew(root: Path, tm
     cv2.imwrite(str(root / "JPEGImages" / "test_0002.jpg"), other, [cv2.IMWRITE_JPEG_QUALITY, 97])
     for number in (1, 2):  # with annotations of the right size
         shutil.copy(
-            root / "Annotations" / f"train_000{number}.xml", root / "Annotations" / f"test_000{number}.xml"
+            root / "Annotations" / f"train_000{number}.xml",
+            root / "Annotations" / f"test_000{number}.xml",
         )
     text, _ = report(root, tmp_path)
     assert "2 pictures in both splits" in text
-    assert "test_0001.jpg: the same file as" in text and "test_0002.jpg: the same picture as" in text
+    assert (
+        "test_0001.jpg: the same file as" in text and "test_0002.jpg: the same picture as" in text
+    )
 
 
 def test_automatic_anchors_are_compared_with_the_usual_ones(root: Path, tmp_path: Path):
     text, _ = report(root, tmp_path, anchors="auto")
-    assert "--anchors coco: best possible recall" in text and "--anchors auto: best possible recall" in text
+    assert (
+        "--anchors coco: best possible recall" in text
+        and "--anchors auto: best possible recall" in text
+    )

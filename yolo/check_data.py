@@ -54,7 +54,9 @@ def check_data(cfg: Config, out_dir: Path, say: Callable[[str], None] = print) -
         UserError: if a set cannot be opened at all.
     """
     if cfg.task != "detection":
-        raise UsageError("--check-data looks at boxes: there are none to check for --task classification")
+        raise UsageError(
+            "--check-data looks at boxes: there are none to check for --task classification"
+        )
     open_all = replace(cfg, skip_bad=True, cache="none")
     train_set = open_dataset(open_all, cfg.train_split, named_classes(cfg))
     test_set = open_dataset(open_all, cfg.split, train_set.class_names)
@@ -68,7 +70,9 @@ def check_data(cfg: Config, out_dir: Path, say: Callable[[str], None] = print) -
         _anchors(shapes, cfg, clustered),
         _collisions(train_set, open_all, anchor_sizes(cfg.anchors) or clustered or COCO_ANCHORS),
         _duplicates(sets, looks),
-        _listing(f"{len(defects)} defects", defects, shown=len(defects)) if defects else "no defects found\n",
+        _listing(f"{len(defects)} defects", defects, shown=len(defects))
+        if defects
+        else "no defects found\n",
     ):
         say(part)
     sheet = contact_sheet(train_set, open_all)
@@ -82,10 +86,16 @@ def contact_sheet(dataset: DetectionDataset, cfg: Config) -> np.ndarray:
     order = np.random.default_rng(cfg.seed).permutation(len(dataset))
     pictures = []
     for number in range(SHEET_ROWS * SHEET_COLUMNS):
-        key = SampleKey(number // len(order), int(order[number % len(order)]), cfg.resolved_test_size)
+        key = SampleKey(
+            number // len(order), int(order[number % len(order)]), cfg.resolved_test_size
+        )
         canvas = collate.compose(samples[key])
-        pictures.append(draw_boxes(canvas.image, canvas.boxes, canvas.labels.tolist(), dataset.class_names))
-    rows = [pictures[start : start + SHEET_COLUMNS] for start in range(0, len(pictures), SHEET_COLUMNS)]
+        pictures.append(
+            draw_boxes(canvas.image, canvas.boxes, canvas.labels.tolist(), dataset.class_names)
+        )
+    rows = [
+        pictures[start : start + SHEET_COLUMNS] for start in range(0, len(pictures), SHEET_COLUMNS)
+    ]
     return np.vstack([np.hstack(row) for row in rows])
 
 
@@ -102,7 +112,9 @@ def write_sheet(sheet: np.ndarray, out_dir: Path) -> Path:
 def _look_at_all(dataset: DetectionDataset, name: str) -> list[Look]:
     with ThreadPoolExecutor() as pool:
         every = pool.map(lambda index: _look(dataset, index), range(len(dataset)))
-        return list(tqdm(every, f"reading {name}", len(dataset), unit="image", disable=None, leave=False))
+        return list(
+            tqdm(every, f"reading {name}", len(dataset), unit="image", disable=None, leave=False)
+        )
 
 
 def _look(dataset: DetectionDataset, index: int) -> Look:
@@ -111,7 +123,9 @@ def _look(dataset: DetectionDataset, index: int) -> Look:
     except UserError as error:
         return Look(str(error), "", np.zeros(32, np.uint8))
     content = hashlib.sha256(dataset.paths[index].read_bytes()).hexdigest()
-    grey = cv2.cvtColor(cv2.resize(image, (17, 16), interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2GRAY)
+    grey = cv2.cvtColor(
+        cv2.resize(image, (17, 16), interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2GRAY
+    )
     return Look(None, content, np.packbits(grey[:, 1:] > grey[:, :-1]))
 
 
@@ -151,10 +165,14 @@ def _anchors(shapes: Tensor, cfg: Config, clustered: Sequence[float] | None) -> 
     anchors = anchor_sizes(cfg.anchors) or COCO_ANCHORS
     pairs = torch.tensor(anchors).reshape(-1, 2)
     counts = shape_iou(shapes[:, None], pairs).argmax(dim=1).bincount(minlength=len(pairs)).tolist()
-    lines = [f"{len(shapes)} boxes of training samples by best anchor, pixels of {ANCHOR_REFERENCE_SIZE}:"]
+    lines = [
+        f"{len(shapes)} boxes of training samples by best anchor, pixels of {ANCHOR_REFERENCE_SIZE}:"
+    ]
     longest = max(1, *counts)
     for (width, height), count in zip(pairs.tolist(), counts, strict=True):
-        lines.append(f"{width:>7.1f} x {height:<6.1f} {count:>7} {'#' * round(BAR * count / longest)}")
+        lines.append(
+            f"{width:>7.1f} x {height:<6.1f} {count:>7} {'#' * round(BAR * count / longest)}"
+        )
     configured = {} if cfg.anchors in ("coco", "auto") else {"as configured": anchors}
     candidates = {"coco": COCO_ANCHORS, **configured, "auto": clustered}
     return "\n".join([*lines, *compare_anchors(shapes, candidates)]) + "\n"
@@ -166,12 +184,16 @@ def _collisions(dataset: DetectionDataset, cfg: Config, anchors: Sequence[float]
     lines = []
     for size in sorted(cfg.img_sizes):
         boxes = [torch.from_numpy(sample) for sample in training_boxes(dataset, cfg, size)]
-        targets = [{"boxes": sample, "labels": sample.new_zeros(len(sample)).long()} for sample in boxes]
+        targets = [
+            {"boxes": sample, "labels": sample.new_zeros(len(sample)).long()} for sample in boxes
+        ]
         total = sum(len(sample) for sample in boxes)
         taught, loss = np.zeros(len(STRIDES), int), cfg.loss_settings
         for start in range(0, len(targets), ASSIGN_BATCH):
             batch = targets[start : start + ASSIGN_BATCH]
-            assigned = assign_targets(batch, scaled, size, rule=loss.assignment, ignore_iou=loss.ignore_iou)
+            assigned = assign_targets(
+                batch, scaled, size, rule=loss.assignment, ignore_iou=loss.ignore_iou
+            )
             taught += [len(scale.labels) for scale in assigned]
         if loss.assignment == "paper":
             lines.append(f"{size} px: {total - taught.sum()} of {total} boxes lost")
@@ -180,14 +202,18 @@ def _collisions(dataset: DetectionDataset, cfg: Config, anchors: Sequence[float]
                 f"{size // stride}x{size // stride}: {total - count} ({(total - count) / max(1, total):.1%})"
                 for stride, count in zip(STRIDES, taught, strict=True)
             ]
-            lines.append(f"{size} px, boxes without a free anchor of {total}, by grid: {', '.join(grids)}")
+            lines.append(
+                f"{size} px, boxes without a free anchor of {total}, by grid: {', '.join(grids)}"
+            )
     return "\n".join(lines) + "\n"
 
 
 def _duplicates(sets: dict[str, DetectionDataset], looks: dict[str, list[Look]]) -> str:
     """List pictures that stand in both splits, byte for byte or by their looks."""
     (train_name, train_set), (test_name, test_set) = sets.items()
-    by_content = {look.content: index for index, look in enumerate(looks[train_name]) if not look.defect}
+    by_content = {
+        look.content: index for index, look in enumerate(looks[train_name]) if not look.defect
+    }
     appearances = np.stack([look.appearance for look in looks[train_name]])
     lines = []
     for path, look in zip(test_set.paths, looks[test_name], strict=True):
@@ -199,7 +225,9 @@ def _duplicates(sets: dict[str, DetectionDataset], looks: dict[str, list[Look]])
         elif distances.min() <= SAME_PICTURE:
             lines.append(f"{path}: the same picture as {train_set.paths[distances.argmin()]}")
     return (
-        _listing(f"{len(lines)} pictures in both splits", lines) if lines else "no picture in both splits\n"
+        _listing(f"{len(lines)} pictures in both splits", lines)
+        if lines
+        else "no picture in both splits\n"
     )
 
 

@@ -108,7 +108,9 @@ def _from_yaml(args_class: type[Args], path: Path) -> Args:
     values: dict[str, Any] = {}
     for key, value in read_yaml(path).items():
         if key in OF_ONE_START:
-            raise UsageError(f"--config {path}: '{key}' is of one start alone: write it on the command line")
+            raise UsageError(
+                f"--config {path}: '{key}' is of one start alone: write it on the command line"
+            )
         if key not in types:
             near = difflib.get_close_matches(str(key), types, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
@@ -116,7 +118,9 @@ def _from_yaml(args_class: type[Args], path: Path) -> Args:
         try:
             values[key] = _as_type(types[key], value)
         except ValueError:
-            raise UsageError(f"--config {path}: '{key}: {value}' has a value of the wrong type") from None
+            raise UsageError(
+                f"--config {path}: '{key}: {value}' has a value of the wrong type"
+            ) from None
     return args_class(**values)
 
 
@@ -129,7 +133,9 @@ def _as_type(kind: Any, value: Any) -> Any:
     for part in parts if get_origin(kind) in (Union, UnionType) else ():
         with suppress(ValueError):
             return _as_type(part, value)
-    if (get_origin(kind) is Literal and value in parts) or (kind in (bool, NoneType) and type(value) is kind):
+    if (get_origin(kind) is Literal and value in parts) or (
+        kind in (bool, NoneType) and type(value) is kind
+    ):
         return value
     if get_origin(kind) is tuple:
         items = value if isinstance(value, list) else str(value).split(",")

@@ -46,17 +46,23 @@ def test_too_little_memory_is_refused_before_anything_is_decoded(
     need = sum(note.height * note.width * 3 for note in dataset.annotations)
     monkeypatch.setattr(caching, "free_memory", lambda: int(need / 0.8) + 100)
     monkeypatch.setattr(dataset, "image", lambda *_: pytest.fail("decoded"))
-    with pytest.raises(UserError, match=r"--cache ram: the 24 images .* each of 2 processes.*--cache none"):
+    with pytest.raises(
+        UserError, match=r"--cache ram: the 24 images .* each of 2 processes.*--cache none"
+    ):
         cache_images(dataset, 320, copies=2, progress=False)
 
 
-def test_free_memory_is_that_of_the_narrowest_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_free_memory_is_that_of_the_narrowest_limit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     assert 0 < free_memory() < 2**50
     monkeypatch.setattr(caching, "_container_memory", lambda: [12345])
     assert free_memory() == 12345
 
 
-def test_a_container_limit_counts_cached_files_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_container_limit_counts_cached_files_as_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     for name, text in (
         ("memory.max", "1000"),
         ("memory.current", "900"),

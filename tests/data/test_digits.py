@@ -14,7 +14,9 @@ FEW = {"train": 6, "test": 4}
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()
+    }
 
 
 def test_equal_seeds_give_equal_bytes_and_others_do_not(tmp_path: Path):
@@ -44,7 +46,10 @@ def test_scenes_hold_one_to_eight_digits_that_do_not_overlap_and_have_varied_sha
     for scene in scenes:
         taken = np.zeros(scene.image.shape[:2], int)
         for left, top, right, bottom in scene.boxes:
-            assert 0 <= left < right <= scene.image.shape[1] and 0 <= top < bottom <= scene.image.shape[0]
+            assert (
+                0 <= left < right <= scene.image.shape[1]
+                and 0 <= top < bottom <= scene.image.shape[0]
+            )
             taken[top:bottom, left:right] += 1
         assert taken.max() == 1
 
@@ -62,11 +67,15 @@ def test_it_is_read_back_as_it_was_made(tiny_digits: Path):
     dataset = read_voc(tiny_digits, "train", None)
     scene = make_scene(load_material("train"), np.random.default_rng([0, 0, 3]))
     np.testing.assert_array_equal(dataset.annotation(3).boxes, scene.boxes)
-    assert [int(dataset.class_names[label]) for label in dataset.annotation(3).labels] == scene.labels
+    assert [
+        int(dataset.class_names[label]) for label in dataset.annotation(3).labels
+    ] == scene.labels
     assert np.abs(dataset.image(3).astype(int) - scene.image).mean() < 5
 
 
-def test_a_kill_halfway_leaves_nothing_that_looks_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_kill_halfway_leaves_nothing_that_looks_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(digits, "NUM_SCENES", FEW)
     monkeypatch.setattr(digits, "_write_scene", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -78,7 +87,9 @@ def test_a_kill_halfway_leaves_nothing_that_looks_complete(tmp_path: Path, monke
     assert len(read_voc(ensure_digits(tmp_path / "digits", progress=False), "train", None)) == 6
 
 
-def test_an_existing_data_set_is_used_and_another_folder_is_not_touched(tiny_digits: Path, tmp_path: Path):
+def test_an_existing_data_set_is_used_and_another_folder_is_not_touched(
+    tiny_digits: Path, tmp_path: Path
+):
     before = contents(tiny_digits)
     assert ensure_digits(tiny_digits) == tiny_digits
     assert contents(tiny_digits) == before

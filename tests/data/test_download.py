@@ -82,10 +82,14 @@ def test_a_file_arrives_whole_and_is_not_fetched_twice(server: Server, tmp_path:
 
 
 @pytest.mark.parametrize("knows_ranges", [True, False])
-def test_a_broken_download_goes_on_where_it_stopped(server: Server, tmp_path: Path, knows_ranges: bool):
+def test_a_broken_download_goes_on_where_it_stopped(
+    server: Server, tmp_path: Path, knows_ranges: bool
+):
     server.break_after, server.knows_ranges = 3000, knows_ranges
     target = tmp_path / "data.tar"
-    with pytest.raises(UserError, match=r"cannot fetch http.*start again to go on from .*data\.tar\.part"):
+    with pytest.raises(
+        UserError, match=r"cannot fetch http.*start again to go on from .*data\.tar\.part"
+    ):
         download(server.url, target, server.md5)
     assert not target.exists() and (tmp_path / "data.tar.part").stat().st_size == 3000
     server.break_after = None
@@ -146,7 +150,9 @@ def test_voc_is_fetched_unpacked_and_left_alone_afterwards(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     listing = "VOCdevkit/VOC2007/ImageSets/Main/test.txt"
-    server.content = tar_of({listing: b"000001\n", "VOCdevkit/VOC2007/Annotations/000001.xml": b"<a/>"})
+    server.content = tar_of(
+        {listing: b"000001\n", "VOCdevkit/VOC2007/Annotations/000001.xml": b"<a/>"}
+    )
     monkeypatch.setitem(downloading.VOC_ARCHIVES, "2007:test", Archive(server.url, server.md5))
     root = tmp_path / "VOCdevkit"
     for _ in range(2):
@@ -163,7 +169,9 @@ def test_an_unpacking_that_was_cut_short_is_done_again(
     server.content = tar_of({f"VOCdevkit/{listing}": b"000001\n", "VOCdevkit/VOC2007/x": b"late"})
     monkeypatch.setitem(downloading.VOC_ARCHIVES, "2007:test", Archive(server.url, server.md5))
     (tmp_path / listing).parent.mkdir(parents=True)
-    (tmp_path / listing).write_text("000001\n")  # unpacked, but not the rest: the archive still lies there
+    (tmp_path / listing).write_text(
+        "000001\n"
+    )  # unpacked, but not the rest: the archive still lies there
     (tmp_path / "data.tar").write_bytes(server.content)
     ensure_voc(tmp_path, "2007:test")
     assert (tmp_path / "VOC2007/x").read_text() == "late"

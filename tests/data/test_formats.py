@@ -14,7 +14,9 @@ from yolo.data.yolo import read_csv_layout, read_yolo_folder
 from yolo.errors import UsageError, UserError
 
 
-def write_pair(image: Path, labels: Path, text: str | None, size: tuple[int, int] = (40, 80)) -> None:
+def write_pair(
+    image: Path, labels: Path, text: str | None, size: tuple[int, int] = (40, 80)
+) -> None:
     image.parent.mkdir(parents=True, exist_ok=True)
     labels.parent.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(image), np.full((*size, 3), 90, np.uint8))
@@ -144,10 +146,14 @@ def test_a_missing_split_names_what_is_there(folder: Path):
 
 
 def test_photos_are_turned_by_their_exif_tag_as_annotation_tools_show_them(tmp_path: Path):
-    write_pair(tmp_path / "images/train/a.jpg", tmp_path / "labels/train/a.txt", "0 0.5 0.25 0.5 0.5")
+    write_pair(
+        tmp_path / "images/train/a.jpg", tmp_path / "labels/train/a.txt", "0 0.5 0.25 0.5 0.5"
+    )
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(np.zeros((40, 80, 3), np.uint8)).save(tmp_path / "images/train/a.jpg", exif=exif)
+    Image.fromarray(np.zeros((40, 80, 3), np.uint8)).save(
+        tmp_path / "images/train/a.jpg", exif=exif
+    )
     dataset = read_yolo_folder(tmp_path, "train", ("cup",))
     note = dataset.annotation(0)
     assert (note.height, note.width) == dataset.image(0).shape[:2] == (80, 40)

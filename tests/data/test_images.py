@@ -33,12 +33,21 @@ def save(picture: Image.Image, path: Path, orientation: int | None = None) -> Pa
 
 @pytest.mark.parametrize(
     ("mode", "suffix"),
-    [("RGB", ".jpg"), ("L", ".jpg"), ("CMYK", ".jpg"), ("P", ".png"), ("RGBA", ".png"), ("RGB", ".bmp")],
+    [
+        ("RGB", ".jpg"),
+        ("L", ".jpg"),
+        ("CMYK", ".jpg"),
+        ("P", ".png"),
+        ("RGBA", ".png"),
+        ("RGB", ".bmp"),
+    ],
 )
 def test_every_mode_becomes_rgb(picture: Image.Image, tmp_path: Path, mode: str, suffix: str):
     image = read_rgb(save(picture.convert(mode), tmp_path / f"x{suffix}"), (48, 64))
     assert image.shape == (48, 64, 3) and image.dtype == np.uint8
-    expected = np.array(picture.convert(mode).convert("RGB")) if mode != "CMYK" else np.array(picture)
+    expected = (
+        np.array(picture.convert(mode).convert("RGB")) if mode != "CMYK" else np.array(picture)
+    )
     assert np.abs(image[20, 8].astype(int) - expected[20, 8]).max() < 12
     assert np.abs(image[20, 56].astype(int) - expected[20, 56]).max() < 12
 
@@ -76,7 +85,9 @@ def test_a_damaged_exif_tag_is_none(picture: Image.Image, tmp_path: Path):
     path = tmp_path / "x.jpg"
     picture.save(path, dpi=(72, 72))
     content, tag = path.read_bytes(), b"Exif\0\0no TIFF header"
-    path.write_bytes(content[:20] + b"\xff\xe1" + struct.pack(">H", len(tag) + 2) + tag + content[20:])
+    path.write_bytes(
+        content[:20] + b"\xff\xe1" + struct.pack(">H", len(tag) + 2) + tag + content[20:]
+    )
     with Image.open(path) as image, pytest.raises(SyntaxError):
         image.getexif()
     assert header_size(path, follow_exif=True) == (48, 64)
@@ -90,9 +101,13 @@ def test_boxes_of_the_stored_pixels_get_the_stored_pixels(picture: Image.Image, 
 
 
 @pytest.mark.parametrize("follow_exif", [False, True])
-def test_boxes_of_the_turned_image_get_it_turned(picture: Image.Image, tmp_path: Path, follow_exif: bool):
+def test_boxes_of_the_turned_image_get_it_turned(
+    picture: Image.Image, tmp_path: Path, follow_exif: bool
+):
     """The annotation says 48x64: the tool has shown the image as its tag 6 says, a quarter turn clockwise."""
-    image = read_rgb(save(picture, tmp_path / "x.jpg", orientation=6), (64, 48), follow_exif=follow_exif)
+    image = read_rgb(
+        save(picture, tmp_path / "x.jpg", orientation=6), (64, 48), follow_exif=follow_exif
+    )
     assert image.shape[:2] == (64, 48)
     assert image[4, 24, 0] > 180 and image[-4, 24, 2] > 180  # left has become top
 
@@ -101,16 +116,23 @@ def test_half_a_turn_is_followed_where_the_source_says_so(picture: Image.Image, 
     path = save(picture, tmp_path / "x.jpg", orientation=3)
     assert read_rgb(path, (48, 64), follow_exif=False)[24, 4, 0] > 180
     assert read_rgb(path, (48, 64), follow_exif=True)[24, 4, 2] > 180
-    assert header_size(save(picture, tmp_path / "y.jpg", orientation=8), follow_exif=True) == (64, 48)
+    assert header_size(save(picture, tmp_path / "y.jpg", orientation=8), follow_exif=True) == (
+        64,
+        48,
+    )
 
 
 def test_a_size_that_disagrees_is_an_error_with_both_sizes(picture: Image.Image, tmp_path: Path):
-    with pytest.raises(UserError, match=r"x\.jpg: the image is 64x48, but its annotation says 63x48"):
+    with pytest.raises(
+        UserError, match=r"x\.jpg: the image is 64x48, but its annotation says 63x48"
+    ):
         read_rgb(save(picture, tmp_path / "x.jpg"), (48, 63))
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
-def test_missing_empty_and_truncated_files_are_named(picture: Image.Image, tmp_path: Path, suffix: str):
+def test_missing_empty_and_truncated_files_are_named(
+    picture: Image.Image, tmp_path: Path, suffix: str
+):
     path = tmp_path / f"x{suffix}"
     with pytest.raises(UserError, match=r"x\..*No such file"):
         read_rgb(path, (48, 64))

@@ -88,7 +88,9 @@ def test_unreadable_images_stop_or_are_listed(class_folders: Path, tmp_path: Pat
     shutil.copytree(class_folders, root)
     (root / "train/cat/0.png").write_bytes(b"no image")
     (root / "train/cat/1.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"train/cat/[01]\.png: is truncated or no image.*--skip-bad"):
+    with pytest.raises(
+        UserError, match=r"train/cat/[01]\.png: is truncated or no image.*--skip-bad"
+    ):
         open_datasets(_images(root))
     train, _ = open_datasets(_images(root, skip_bad=True))
     assert len(train) == 6 and len(train.skipped) == 2
@@ -215,7 +217,9 @@ def test_the_augmentations_fire_independently_at_their_probabilities() -> None:
     ramp = np.broadcast_to(np.arange(32, dtype=np.uint8)[None, :, None], (32, 32, 3))
     images = np.stack([ramp] * 600)
     marked = TrainImages(
-        labelled.ImageDataset(images, train.labels[:600], train.class_names, train.image_ids[:600], [], ""),
+        labelled.ImageDataset(
+            images, train.labels[:600], train.class_names, train.image_ids[:600], [], ""
+        ),
         AugmentConfig(aug_crop=0.0, aug_flip=0.5, aug_cutout=0.5),
         seed=0,
     )
@@ -255,13 +259,19 @@ def test_metrics_equal_torchmetrics_and_shards_merge() -> None:
     assert ranks[0].state()["labels"].tolist() == labels.tolist()
     result = ranks[0].compute()
     per_class = multiclass_accuracy(logits, labels, 4, average=None)
-    assert result["accuracy"] == pytest.approx(multiclass_accuracy(logits, labels, 4, average="micro").item())
+    assert result["accuracy"] == pytest.approx(
+        multiclass_accuracy(logits, labels, 4, average="micro").item()
+    )
     assert result["mean_class_accuracy"] == pytest.approx(per_class.mean().item())
-    assert [v["accuracy"] for v in result["per_class"].values()] == pytest.approx(per_class.tolist())
+    assert [v["accuracy"] for v in result["per_class"].values()] == pytest.approx(
+        per_class.tolist()
+    )
     assert result["confusion_matrix"] == multiclass_confusion_matrix(logits, labels, 4).tolist()
     expected = multiclass_calibration_error(logits.softmax(-1), labels, 4, n_bins=15).item()
     assert result["calibration"]["expected_error"] == pytest.approx(expected, abs=1e-6)
-    assert result["nll"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
+    assert result["nll"] == pytest.approx(
+        torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-6
+    )
 
 
 def test_the_most_confident_mistakes_come_first() -> None:

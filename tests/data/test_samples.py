@@ -43,7 +43,13 @@ def make_loader(
     position: tuple[int, int] = (1, 0),
 ) -> DataLoader:
     sampler = MultiSizeBatchSampler(
-        len(dataset), int(cfg.batch_size), cfg.img_sizes, cfg.seed, rank, world_size, cfg.grad_accum_steps
+        len(dataset),
+        int(cfg.batch_size),
+        cfg.img_sizes,
+        cfg.seed,
+        rank,
+        world_size,
+        cfg.grad_accum_steps,
     )
     sampler.set_position(*position)
     return DataLoader(
@@ -74,7 +80,9 @@ def digests(loader: DataLoader) -> list[str]:
     return found
 
 
-def samples_of(dataset: DetectionDataset, cfg: Config, count: int, size: int = 416) -> Iterator[tuple]:
+def samples_of(
+    dataset: DetectionDataset, cfg: Config, count: int, size: int = 416
+) -> Iterator[tuple]:
     """Plans of `count` samples with their annotations; nothing is decoded."""
     samples = TrainSamples(dataset, cfg, cfg.seed)
     for number in range(count):
@@ -84,14 +92,20 @@ def samples_of(dataset: DetectionDataset, cfg: Config, count: int, size: int = 4
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_batches_are_byte_identical_for_any_number_of_workers(digits: DetectionDataset, workers: int):
+def test_batches_are_byte_identical_for_any_number_of_workers(
+    digits: DetectionDataset, workers: int
+):
     assert digests(make_loader(digits, workers=workers)) == digests(make_loader(digits))
 
 
-def test_workers_started_by_spawn_read_the_shared_cache_and_make_the_same_batches(tiny_digits: Path):
+def test_workers_started_by_spawn_read_the_shared_cache_and_make_the_same_batches(
+    tiny_digits: Path,
+):
     dataset = read_voc(tiny_digits, "train", None)
     cache_images(dataset, max(SIZES), progress=False)
-    assert digests(make_loader(dataset, workers=1, start_method="spawn")) == digests(make_loader(dataset))
+    assert digests(make_loader(dataset, workers=1, start_method="spawn")) == digests(
+        make_loader(dataset)
+    )
 
 
 def test_two_ranks_and_two_micro_batches_make_the_batches_of_one(digits: DetectionDataset):
@@ -124,7 +138,9 @@ def test_two_epochs_share_no_sample(digits: DetectionDataset):
 
 
 def test_another_seed_gives_other_batches(digits: DetectionDataset):
-    assert not set(digests(make_loader(digits))) & set(digests(make_loader(digits, replace(CFG, seed=1))))
+    assert not set(digests(make_loader(digits))) & set(
+        digests(make_loader(digits, replace(CFG, seed=1)))
+    )
 
 
 def test_every_rank_and_micro_batch_of_a_step_has_one_size_and_every_size_occurs():
@@ -138,7 +154,9 @@ def test_every_rank_and_micro_batch_of_a_step_has_one_size_and_every_size_occurs
             sampler.set_position(epoch, 0)
         batches = list(islice(zip(*samplers, strict=True), 2 * len(samplers[0])))
         for step in range(len(samplers[0])):
-            keys = [key for pair in batches[2 * step : 2 * step + 2] for share in pair for key in share]
+            keys = [
+                key for pair in batches[2 * step : 2 * step + 2] for share in pair for key in share
+            ]
             assert len({key.img_size for key in keys}) == 1
             assert len({key.index for key in keys}) == 8
             seen.add(keys[0].img_size)
@@ -166,7 +184,11 @@ def test_a_data_set_smaller_than_a_batch_is_repeated_with_other_augmentations(
     digits: DetectionDataset, count: int
 ):
     few = DetectionDataset(
-        "few", digits.class_names, digits.image_ids[:count], digits.paths[:count], digits.annotations[:count]
+        "few",
+        digits.class_names,
+        digits.image_ids[:count],
+        digits.paths[:count],
+        digits.annotations[:count],
     )
     found = digests(make_loader(few, replace(CFG, mosaic_prob=1.0)))
     assert len(found) == 8
@@ -220,7 +242,9 @@ def test_every_box_in_a_mosaic_shows_more_than_the_minimum_share(digits: Detecti
         for tile, note in zip(tiles, notes, strict=True):
             boxes, kept = place_boxes(tile, note, min_share=0.4)
             whole = (note.boxes[kept, 2:] - note.boxes[kept, :2]).prod(axis=1) * tile.scale**2
-            assert ((boxes[:, 2:] - boxes[:, :2]).prod(axis=1) / whole > 0.4 * 0.95).all()  # rounded scale
+            assert (
+                (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) / whole > 0.4 * 0.95
+            ).all()  # rounded scale
             dropped += len(note.labels) - len(kept)
     assert dropped > 0
 
@@ -260,7 +284,11 @@ def test_letterboxed_test_images_carry_what_leads_back_to_the_original(digits: D
     assert images.shape == (4, 3, 96, 96)
     for index, target in enumerate(targets):
         note = digits.annotation(index)
-        assert (target["image_index"], target["height"], target["width"]) == (index, note.height, note.width)
+        assert (target["image_index"], target["height"], target["width"]) == (
+            index,
+            note.height,
+            note.width,
+        )
         place = target["letterbox"]
         back = (target["boxes"].numpy() - [place.left, place.top] * 2) / place.scale
         np.testing.assert_allclose(back, note.boxes, atol=1 / place.scale)
@@ -285,7 +313,9 @@ class PaintedDigits(DetectionDataset):
     def image(self, index: int, min_side: int | None = None) -> np.ndarray:
         note = self.annotations[index]
         canvas = np.zeros((note.height, note.width, 3), np.uint8)
-        for (left, top, right, bottom), label in zip(note.boxes.astype(int), note.labels, strict=True):
+        for (left, top, right, bottom), label in zip(
+            note.boxes.astype(int), note.labels, strict=True
+        ):
             ink = digit_shape(int(label))
             rows = np.arange(bottom - top) * ink.shape[0] // (bottom - top)
             columns = np.arange(right - left) * ink.shape[1] // (right - left)
@@ -308,7 +338,9 @@ def painted() -> PaintedDigits:
 
 
 @pytest.mark.parametrize("mosaic_prob", [0.0, 1.0])
-def test_every_box_of_an_augmented_image_covers_its_object(painted: PaintedDigits, mosaic_prob: float):
+def test_every_box_of_an_augmented_image_covers_its_object(
+    painted: PaintedDigits, mosaic_prob: float
+):
     """By pixels: the paint of an object that is seen lies in its box, and fills most of it."""
     cfg = Config(
         mosaic_prob=mosaic_prob,
@@ -376,7 +408,9 @@ def test_augmentation_drops_a_box_that_is_cut_too_far_and_keeps_labels_with_thei
 
 def test_a_single_image_is_cut_once_a_mosaic_twice():
     limits = [
-        build_transforms(replace(CFG, min_visible=0.49), mosaic).processors["bboxes"].params.min_visibility
+        build_transforms(replace(CFG, min_visible=0.49), mosaic)
+        .processors["bboxes"]
+        .params.min_visibility
         for mosaic in (False, True)
     ]
     assert limits == pytest.approx([0.49, 0.7])

@@ -17,7 +17,9 @@ from yolo.errors import UserError
 
 
 def thing(name: str = "cat", box: tuple[float, ...] = (1, 2, 30, 40), difficult: int = 0) -> str:
-    corners = "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))
+    corners = "".join(
+        f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
+    )
     return f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox>{corners}</bndbox></object>"
 
 
@@ -56,7 +58,9 @@ def test_boxes_become_zero_based_with_the_far_edge_excluded(root: Path):
     dataset = read_voc(root, "train", None)
     note = dataset.annotation(1)
     assert dataset.class_names == ("cat", "dog")
-    np.testing.assert_array_equal(note.boxes, np.array([[0, 0, 64, 48], [1.5, 2, 9, 10]], np.float32))
+    np.testing.assert_array_equal(
+        note.boxes, np.array([[0, 0, 64, 48], [1.5, 2, 9, 10]], np.float32)
+    )
     assert note.labels.tolist() == [0, 1] and note.difficult.tolist() == [False, True]
     assert (note.height, note.width) == dataset.image(1).shape[:2] == (48, 64)
 
@@ -69,7 +73,9 @@ def test_an_image_without_objects_is_background(root: Path):
 
 def test_boxes_up_to_two_pixels_outside_are_clipped(root: Path):
     write_image(root, "edge", thing(box=(0, 0, 66, 49)))
-    np.testing.assert_array_equal(read_voc(root, "train", None).annotation(1).boxes, [[0, 0, 64, 48]])
+    np.testing.assert_array_equal(
+        read_voc(root, "train", None).annotation(1).boxes, [[0, 0, 64, 48]]
+    )
 
 
 @pytest.mark.parametrize(
@@ -85,7 +91,9 @@ def test_boxes_up_to_two_pixels_outside_are_clipped(root: Path):
         ("<object><name>cat", "XML"),
     ],
 )
-def test_a_broken_annotation_names_its_file_and_skip_bad_leaves_it_out(root: Path, objects: str, words: str):
+def test_a_broken_annotation_names_its_file_and_skip_bad_leaves_it_out(
+    root: Path, objects: str, words: str
+):
     write_image(root, "broken", objects)
     message = refusal(root, classes=("cat",))
     assert "broken.xml" in message and words in message and "--skip-bad" in message
@@ -225,7 +233,9 @@ def test_real_voc_counts(voc_root: Path):
     ids = (folder / "ImageSets/Main/trainval.txt").read_text().split()
     texts = [(folder / f"Annotations/{image_id}.xml").read_text() for image_id in ids]
     assert len(dataset) == len(ids) > 5000 and not dataset.skipped
-    assert sum(len(note.labels) for note in dataset.annotations) == sum(t.count("<object>") for t in texts)
+    assert sum(len(note.labels) for note in dataset.annotations) == sum(
+        t.count("<object>") for t in texts
+    )
 
 
 def test_blood_cells_have_two_boxes_of_no_size(voc_root: Path):

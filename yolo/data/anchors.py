@@ -32,7 +32,9 @@ def cluster_anchors(dataset: DetectionDataset, cfg: Config) -> tuple[float, ...]
     """
     anchors = clustered_anchors(box_shapes(training_boxes(dataset, cfg)))
     if anchors is None:
-        raise UserError(f"{dataset.name}: nine anchors need at least nine boxes; use --anchors coco")
+        raise UserError(
+            f"{dataset.name}: nine anchors need at least nine boxes; use --anchors coco"
+        )
     return anchors
 
 
@@ -55,7 +57,9 @@ def training_boxes(
     order = np.random.default_rng(cfg.seed).permutation(len(dataset))[:MAX_SAMPLES]
     plans = [samples.plan(SampleKey(0, int(index), size)) for index in order]
     return [
-        np.concatenate([place_boxes(tile, dataset.annotation(tile.index), min_share)[0] for tile in tiles])
+        np.concatenate(
+            [place_boxes(tile, dataset.annotation(tile.index), min_share)[0] for tile in tiles]
+        )
         for tiles in plans
     ]
 

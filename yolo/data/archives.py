@@ -51,7 +51,9 @@ def _zip_members(root: Path, wanted: Wanted) -> Members:
 
 
 def _tar_members(root: Path, wanted: Wanted) -> Members:
-    with tarfile.open(root, "r|*") as archive:  # as a stream: seeking in a compressed tar starts over
+    with tarfile.open(
+        root, "r|*"
+    ) as archive:  # as a stream: seeking in a compressed tar starts over
         for member in archive:
             inside = PurePosixPath(member.name)
             if wanted(inside) and member.isfile():
@@ -59,5 +61,7 @@ def _tar_members(root: Path, wanted: Wanted) -> Members:
                 if content is not None:
                     yield inside, content.read()
         stream: Any = archive.fileobj
-        if stream.tell() < archive.offset + tarfile.BLOCKSIZE:  # tarfile takes such a cut for the end
+        if (
+            stream.tell() < archive.offset + tarfile.BLOCKSIZE
+        ):  # tarfile takes such a cut for the end
             raise EOFError("it has no end mark")

@@ -48,7 +48,9 @@ class ImageCache:
         return self.pixels.numpy()[end - height * width * 3 : end].reshape(height, width, 3)
 
 
-def cache_images(dataset: DetectionDataset, max_side: int, copies: int = 1, progress: bool = True) -> None:
+def cache_images(
+    dataset: DetectionDataset, max_side: int, copies: int = 1, progress: bool = True
+) -> None:
     """Decode all images of `dataset` into memory; from now on it reads them from there.
 
     Args:
@@ -86,7 +88,9 @@ def cache_images(dataset: DetectionDataset, max_side: int, copies: int = 1, prog
 def free_memory() -> int:
     """Return the bytes that can still be filled and shared: of the machine, its container and /dev/shm."""
     limits = [_machine_memory(), *_container_memory()]
-    if Path("/dev/shm").is_dir():  # where Linux keeps memory that processes share; small in many containers
+    if Path(
+        "/dev/shm"
+    ).is_dir():  # where Linux keeps memory that processes share; small in many containers
         limits.append(shutil.disk_usage("/dev/shm").free)
     return min(limits)
 
@@ -113,7 +117,9 @@ def _machine_memory() -> int:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # macOS: all of it, the best there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf(
+            "SC_PAGE_SIZE"
+        )  # macOS: all of it, the best there is
 
 
 def _container_memory() -> list[int]:

@@ -35,7 +35,9 @@ _DECODE_FLAGS = {
 }
 
 # What is broken or too large is one clear line of ours, and not several of OpenCV's and Pillow's as well.
-(cv2.utils.logging if hasattr(cv2.utils, "logging") else cv2).setLogLevel(0)  # before OpenCV 5 it was in cv2
+(cv2.utils.logging if hasattr(cv2.utils, "logging") else cv2).setLogLevel(
+    0
+)  # before OpenCV 5 it was in cv2
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -142,8 +144,14 @@ class Defects:
             UserError: with the first defect, when there are any and they may not be skipped.
         """
         if self.found and not self.skip:
-            more = f" (the first of {len(self.found)} defects in {where})" if len(self.found) > 1 else ""
-            raise UserError(f"{self.found[0]}{more}; --skip-bad leaves them out, --check-data lists them all")
+            more = (
+                f" (the first of {len(self.found)} defects in {where})"
+                if len(self.found) > 1
+                else ""
+            )
+            raise UserError(
+                f"{self.found[0]}{more}; --skip-bad leaves them out, --check-data lists them all"
+            )
         return self.found
 
 
@@ -218,7 +226,10 @@ def drop_unreadable(dataset: DetectionDataset) -> None:
 
 
 def read_rgb(
-    path: Path, size: tuple[int, int] | None = None, min_side: int | None = None, follow_exif: bool = True
+    path: Path,
+    size: tuple[int, int] | None = None,
+    min_side: int | None = None,
+    follow_exif: bool = True,
 ) -> np.ndarray:
     """Decode an image file: grey, CMYK, palette, 16-bit and transparent images become 8-bit RGB.
 
@@ -248,7 +259,9 @@ def read_rgb(
         if image.shape[:2] == _shrunk(size, shrink):
             return image
     height, width = decode_rgb(path, encoded, 1, follow_exif).shape[:2]
-    raise UserError(f"{path}: the image is {width}x{height}, but its annotation says {size[1]}x{size[0]}")
+    raise UserError(
+        f"{path}: the image is {width}x{height}, but its annotation says {size[1]}x{size[0]}"
+    )
 
 
 def header_size(path: Path, follow_exif: bool = False) -> tuple[int, int]:
@@ -265,7 +278,9 @@ def header_size(path: Path, follow_exif: bool = False) -> tuple[int, int]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such image") from None
     except Image.DecompressionBombError:
-        raise UserError(f"{path}: is over {MAX_PIXELS // 10**6} million pixels; scale it down") from None
+        raise UserError(
+            f"{path}: is over {MAX_PIXELS // 10**6} million pixels; scale it down"
+        ) from None
     except (UnidentifiedImageError, OSError):
         raise UserError(f"{path}: is no image that can be read") from None
     return height, width
@@ -274,7 +289,12 @@ def header_size(path: Path, follow_exif: bool = False) -> tuple[int, int]:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(0x0112, 1))
-    except (SyntaxError, ValueError, TypeError, struct.error):  # a damaged tag is no tag, as for OpenCV
+    except (
+        SyntaxError,
+        ValueError,
+        TypeError,
+        struct.error,
+    ):  # a damaged tag is no tag, as for OpenCV
         return 1
 
 
@@ -287,7 +307,9 @@ def find_image(folder: Path, stem: str) -> Path:
     return folder / f"{stem}.jpg"
 
 
-def decode_rgb(path: PurePath, encoded: np.ndarray, shrink: int = 1, follow_exif: bool = True) -> np.ndarray:
+def decode_rgb(
+    path: PurePath, encoded: np.ndarray, shrink: int = 1, follow_exif: bool = True
+) -> np.ndarray:
     """Decode the bytes [N] of an image file to uint8 RGB [H, W, 3], `shrink` (1, 2, 4, 8) times smaller.
 
     Raises:
@@ -300,7 +322,9 @@ def decode_rgb(path: PurePath, encoded: np.ndarray, shrink: int = 1, follow_exif
         image = None
     if image is None:
         raise UserError(f"{path}: is truncated or no image")
-    return image if shrink == 1 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)  # reduced decoding knows only BGR
+    return (
+        image if shrink == 1 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    )  # reduced decoding knows only BGR
 
 
 def _shrink(size: tuple[int, int], min_side: int | None) -> int:

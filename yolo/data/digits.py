@@ -118,12 +118,16 @@ def make_scene(material: Material, rng: np.random.Generator) -> Scene:
         place = _free_place(scene.boxes, ink.shape, (height, width), rng)
         if place is not None:
             _paint(image, ink, place, rng)
-            scene.boxes.append((place[0], place[1], place[0] + ink.shape[1], place[1] + ink.shape[0]))
+            scene.boxes.append(
+                (place[0], place[1], place[0] + ink.shape[1], place[1] + ink.shape[0])
+            )
             scene.labels.append(int(material.labels[index]))
     return scene
 
 
-def _background(photos: list[np.ndarray], height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+def _background(
+    photos: list[np.ndarray], height: int, width: int, rng: np.random.Generator
+) -> np.ndarray:
     """Return a random crop of a random photograph, mirrored half of the time, resized to the scene."""
     photo = photos[rng.integers(len(photos))]
     largest = min(photo.shape[0] / height, photo.shape[1] / width)
@@ -160,7 +164,9 @@ def _free_place(
     return None
 
 
-def _paint(image: np.ndarray, ink: np.ndarray, place: tuple[int, int], rng: np.random.Generator) -> None:
+def _paint(
+    image: np.ndarray, ink: np.ndarray, place: tuple[int, int], rng: np.random.Generator
+) -> None:
     """Blend a digit in a random tint that stands out from what it covers."""
     left, top = place
     region = image[top : top + ink.shape[0], left : left + ink.shape[1]]

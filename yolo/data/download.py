@@ -38,7 +38,9 @@ _SERVER = "https://thor.robots.ox.ac.uk/pascal/VOC"
 VOC_2007_TRAINVAL = Archive(
     f"{_SERVER}/voc2007/VOCtrainval_06-Nov-2007.tar", "c52e279531787c972589f7e41ab4ae64"
 )
-VOC_2007_TEST = Archive(f"{_SERVER}/voc2007/VOCtest_06-Nov-2007.tar", "b6e924de25625d8de591ea690078ad9f")
+VOC_2007_TEST = Archive(
+    f"{_SERVER}/voc2007/VOCtest_06-Nov-2007.tar", "b6e924de25625d8de591ea690078ad9f"
+)
 VOC_2012_TRAINVAL = Archive(
     f"{_SERVER}/voc2012/VOCtrainval_11-May-2012.tar", "6cd6e144f989b92b3379bac3b3de84fd"
 )
@@ -69,7 +71,9 @@ def ensure_voc(root: Path, split: str) -> None:
                 f"--download: no public archive holds '{part}'; there are {', '.join(VOC_ARCHIVES)}"
             )
         year, subset = part.strip().split(":")
-        splits = [folder / "ImageSets" / "Main" / f"{subset}.txt" for folder in year_folders(root, year)]
+        splits = [
+            folder / "ImageSets" / "Main" / f"{subset}.txt" for folder in year_folders(root, year)
+        ]
         stored = root / archive.filename
         if any(split.exists() for split in splits) and not stored.exists():
             continue
@@ -91,10 +95,14 @@ def download(url: str, target: Path, md5: str) -> None:
     try:
         _fetch(url, partial)
     except OSError as error:  # URLError, timeouts and a full disk alike
-        raise UserError(f"cannot fetch {url}: {error}; start again to go on from {partial}") from None
+        raise UserError(
+            f"cannot fetch {url}: {error}; start again to go on from {partial}"
+        ) from None
     if _md5(partial) != md5:
         partial.unlink()
-        raise UserError(f"{url}: what arrived has not the digest {md5}; it was deleted: start again")
+        raise UserError(
+            f"{url}: what arrived has not the digest {md5}; it was deleted: start again"
+        )
     os.replace(partial, target)
 
 
@@ -137,7 +145,9 @@ def _fetch(url: str, partial: Path) -> None:
         resumed = response.status == 206  # otherwise the server sends everything anew
         missing = int(response.headers.get("Content-Length") or 0)
         done = have if resumed else 0
-        bar = tqdm(total=done + missing or None, initial=done, unit="B", unit_scale=True, desc=partial.stem)
+        bar = tqdm(
+            total=done + missing or None, initial=done, unit="B", unit_scale=True, desc=partial.stem
+        )
         with bar, partial.open("ab" if resumed else "wb") as file:
             for chunk in _chunks(response):
                 file.write(chunk)

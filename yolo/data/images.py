@@ -24,7 +24,9 @@ def list_pictures(pattern: str) -> list[Path]:
     if path.is_file():
         return [path]
     found = path.iterdir() if path.is_dir() else map(Path, glob.glob(pattern, recursive=True))
-    pictures = sorted(file for file in found if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+    pictures = sorted(
+        file for file in found if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
+    )
     if not pictures:
         what = "holds no images" if path.is_dir() else "names no images"
         raise UsageError(f"--images {pattern}: {what} ({', '.join(IMAGE_SUFFIXES)})")

@@ -19,7 +19,18 @@ from yolo.data.dataset import IMAGE_SUFFIXES, decode_rgb
 from yolo.errors import UsageError, UserError
 
 IMAGE_SIZE = 32
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR10_CLASSES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 BATCH_FILES = {
@@ -80,7 +91,9 @@ def open_datasets(cfg: DataConfig) -> tuple[ImageDataset, ImageDataset]:
     """
     splits = _read(cfg, (cfg.train_split, cfg.split))
     train = splits[cfg.train_split]
-    class_names = tuple(sorted(set(train.classes))) if cfg.classes == "auto" else _listed(cfg.classes)
+    class_names = (
+        tuple(sorted(set(train.classes))) if cfg.classes == "auto" else _listed(cfg.classes)
+    )
     return _label(cfg, cfg.train_split, train, class_names), _label(
         cfg, cfg.split, splits[cfg.split], class_names
     )
@@ -152,10 +165,14 @@ def _read_binary(cfg: DataConfig, splits: Sequence[str]) -> dict[str, _Split]:
     files = {split: BATCH_FILES[_known_split(split, BATCH_FILES)] for split in splits}
     wanted = {name for names in files.values() for name in names}
     source = _binary_source(_root(cfg), cfg.download)
-    batches = {path.name: data for path, data in read_members(source, lambda path: path.name in wanted)}
+    batches = {
+        path.name: data for path, data in read_members(source, lambda path: path.name in wanted)
+    }
     missing = sorted(wanted - set(batches))
     if missing:
-        raise UserError(f"{source}: holds no {missing[0]}; --download fetches the official binary version")
+        raise UserError(
+            f"{source}: holds no {missing[0]}; --download fetches the official binary version"
+        )
     return {split: _parse_batches(source, names, batches) for split, names in files.items()}
 
 
@@ -166,12 +183,18 @@ def _binary_source(root: Path, download: bool) -> Path:
     archive = root if root.is_file() else root / Path(CIFAR10_URL).name
     if download and (archive.exists() or not any(root.rglob("*.bin"))):
         try:
-            download_url(CIFAR10_URL, archive.parent, archive.name, CIFAR10_MD5)  # keeps an intact file
+            download_url(
+                CIFAR10_URL, archive.parent, archive.name, CIFAR10_MD5
+            )  # keeps an intact file
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{CIFAR10_URL}: the download failed ({error}); put it at {archive}") from None
+            raise UserError(
+                f"{CIFAR10_URL}: the download failed ({error}); put it at {archive}"
+            ) from None
     if archive.name == Path(CIFAR10_URL).name and archive.exists():
         if not check_integrity(archive, CIFAR10_MD5):
-            raise UserError(f"{archive}: is not the official file (MD5 differs); --download fetches it anew")
+            raise UserError(
+                f"{archive}: is not the official file (MD5 differs); --download fetches it anew"
+            )
         return archive
     if not root.exists():
         raise UserError(f"--data-root {root}: does not exist; --download fetches CIFAR-10 into it")
@@ -185,7 +208,9 @@ def _parse_batches(source: Path, names: Sequence[str], batches: dict[str, bytes]
                 f"{source}: {name} has {len(batches[name]):,} bytes, not "
                 f"{IMAGES_PER_BATCH_FILE * RECORD_BYTES:,}; it is truncated or no CIFAR-10 batch"
             )
-    records = np.frombuffer(b"".join(batches[name] for name in names), np.uint8).reshape(-1, RECORD_BYTES)
+    records = np.frombuffer(b"".join(batches[name] for name in names), np.uint8).reshape(
+        -1, RECORD_BYTES
+    )
     labels = records[:, 0]
     if labels.max() >= len(CIFAR10_CLASSES):
         raise UserError(f"{source}: a label is {labels.max()}, beyond CIFAR-10's ten classes")
@@ -199,7 +224,11 @@ def _read_class_folders(root: Path, splits: Sequence[str], skip_bad: bool) -> di
     """Read `<split>/<class>/<image>`, below any leading folder; the order is that of the sorted paths."""
 
     def is_wanted(path: PurePosixPath) -> bool:
-        return len(path.parts) >= 3 and path.parts[-3] in splits and path.suffix.lower() in IMAGE_SUFFIXES
+        return (
+            len(path.parts) >= 3
+            and path.parts[-3] in splits
+            and path.suffix.lower() in IMAGE_SUFFIXES
+        )
 
     found: dict[str, list[tuple[str, str, np.ndarray]]] = {split: [] for split in splits}
     skipped: dict[str, list[str]] = {split: [] for split in splits}
@@ -215,7 +244,9 @@ def _read_class_folders(root: Path, splits: Sequence[str], skip_bad: bool) -> di
             found[split].append((f"{class_name}/{file_name}", class_name, image))
     for split, entries in found.items():
         if not entries:
-            raise UserError(f"{root}: no images under {split}/<class>/; is the split spelled as its folder?")
+            raise UserError(
+                f"{root}: no images under {split}/<class>/; is the split spelled as its folder?"
+            )
         entries.sort(key=lambda entry: entry[0])
     return {
         split: _Split(
@@ -234,5 +265,7 @@ def to_32(image: np.ndarray) -> np.ndarray:
         return image
     shrinks = min(image.shape[:2]) > IMAGE_SIZE
     return cv2.resize(
-        image, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        image,
+        (IMAGE_SIZE, IMAGE_SIZE),
+        interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR,
     )

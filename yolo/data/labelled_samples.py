@@ -35,7 +35,9 @@ class TrainImages(Dataset[Sample]):
         rng = np.random.default_rng((self.seed, key.epoch, key.index))
         self.augment.set_random_state(rng, random.Random(int(rng.integers(2**63))))
         index = key.index % len(self.dataset)
-        return self.augment(image=self.dataset.image(index))["image"], int(self.dataset.labels[index])
+        return self.augment(image=self.dataset.image(index))["image"], int(
+            self.dataset.labels[index]
+        )
 
 
 class EvalImages(Dataset[Sample]):

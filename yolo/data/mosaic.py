@@ -15,7 +15,10 @@ from yolo.boxes import letterbox
 from yolo.data.dataset import Annotation
 from yolo.data.transforms import FILL, MIN_SIDE, Canvas, cut_threshold
 
-CENTRE_RANGE = (0.3, 0.7)  # of the canvas; nearer to a corner, tiles become too small for any object
+CENTRE_RANGE = (
+    0.3,
+    0.7,
+)  # of the canvas; nearer to a corner, tiles become too small for any object
 WINDOW_TRIES = 8
 
 
@@ -60,7 +63,9 @@ def place_boxes(tile: Tile, note: Annotation, min_share: float) -> tuple[np.ndar
     """
     x, y, right, bottom = tile.region
     left, top, window_right, window_bottom = tile.window
-    scale = np.array([(right - x) / (window_right - left), (bottom - y) / (window_bottom - top)] * 2)
+    scale = np.array(
+        [(right - x) / (window_right - left), (bottom - y) / (window_bottom - top)] * 2
+    )
     moved = (note.boxes - [left, top] * 2) * scale + [x, y] * 2
     clipped = np.clip(moved, [x, y] * 2, [right, bottom] * 2)
     sides = clipped[:, 2:] - clipped[:, :2]
@@ -119,7 +124,9 @@ def _window(
 
 def _integrity(windows: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """Score windows [N, 4] by their boxes [M, 4]: +1 for a whole one down to -1 for a sliver, 0 for none."""
-    sides = np.minimum(windows[:, None, 2:], boxes[:, 2:]) - np.maximum(windows[:, None, :2], boxes[:, :2])
+    sides = np.minimum(windows[:, None, 2:], boxes[:, 2:]) - np.maximum(
+        windows[:, None, :2], boxes[:, :2]
+    )
     share = sides.clip(min=0).prod(axis=2) / (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
     return np.where(share > 0, 2 * share - 1, 0).sum(axis=1)
 

@@ -84,13 +84,17 @@ class MultiSizeBatchSampler(Sampler[list[SampleKey]]):
             for batch in range(first_batch, len(self)):
                 size = self.img_size(epoch * len(self) + batch)
                 indices = order[batch * self.batch_size :][: self.batch_size]
-                for mine in indices.reshape(self.grad_accum_steps, self.world_size, -1)[:, self.rank]:
+                for mine in indices.reshape(self.grad_accum_steps, self.world_size, -1)[
+                    :, self.rank
+                ]:
                     yield [SampleKey(epoch, int(index), size, batch / len(self)) for index in mine]
             first_batch = 0
 
     def img_size(self, step: int) -> int:
         """Return the image size of one optimizer step, counted from the start of the run."""
-        return self.img_sizes[np.random.default_rng([self.seed, step]).integers(len(self.img_sizes))]
+        return self.img_sizes[
+            np.random.default_rng([self.seed, step]).integers(len(self.img_sizes))
+        ]
 
     def _order(self, epoch: int) -> np.ndarray:
         """Return an epoch's permutation, repeated with new indices where it would not fill a batch."""

@@ -82,7 +82,9 @@ class TrainSamples(Dataset[TrainSample]):
             return [letterbox_tile(index, self.dataset.annotation(index), key.img_size)]
         indices = [index, *(int(partner) for partner in rng.integers(len(self.dataset), size=3))]
         rng.shuffle(indices)
-        return mosaic_tiles(indices, [self.dataset.annotation(i) for i in indices], key.img_size, rng)
+        return mosaic_tiles(
+            indices, [self.dataset.annotation(i) for i in indices], key.img_size, rng
+        )
 
     def _load(self, key: SampleKey, attempt: int) -> TrainSample:
         tiles = self.plan(key, attempt)
@@ -116,11 +118,15 @@ class MosaicCollate:
     def __call__(self, samples: Sequence[TrainSample]) -> tuple[Tensor, list[Target]]:
         """Return images uint8 [B, 3, S, S] and their targets, boxes in pixels of the network input."""
         canvases = [self.compose(sample) for sample in samples]
-        return _stack([canvas.image for canvas in canvases]), Targets(_target(canvas) for canvas in canvases)
+        return _stack([canvas.image for canvas in canvases]), Targets(
+            _target(canvas) for canvas in canvases
+        )
 
     def compose(self, sample: TrainSample) -> Canvas:
         """Return one finished sample."""
-        canvas = compose(sample.tiles, sample.images, sample.notes, sample.key.img_size, self.min_visible)
+        canvas = compose(
+            sample.tiles, sample.images, sample.notes, sample.key.img_size, self.min_visible
+        )
         transforms = self.single if len(sample.tiles) == 1 else self.mosaic
         return augment(canvas, transforms, (self.seed, sample.key.epoch, sample.key.index))
 
@@ -167,7 +173,10 @@ class Targets(list[Target]):
     def __reduce__(self) -> tuple[Any, ...]:
         """Tell pickle how to rebuild them."""
         arrays = [
-            {name: value.numpy() if isinstance(value, Tensor) else value for name, value in target.items()}
+            {
+                name: value.numpy() if isinstance(value, Tensor) else value
+                for name, value in target.items()
+            }
             for target in self
         ]
         return _from_arrays, (arrays,)

@@ -66,7 +66,9 @@ def open_dataset(cfg: Config, split: str, class_names: Sequence[str] | None) -> 
             return read_csv_layout(root, split, class_names, cfg.skip_bad)
         case "yolo":
             return read_yolo_folder(root, split, class_names, cfg.skip_bad)
-    raise UsageError(f"--dataset {cfg.dataset}: has no boxes to detect; want digits, voc, csv or yolo")
+    raise UsageError(
+        f"--dataset {cfg.dataset}: has no boxes to detect; want digits, voc, csv or yolo"
+    )
 
 
 def named_classes(cfg: Config) -> Sequence[str] | None:

@@ -5,7 +5,9 @@ import os
 import random
 from typing import NamedTuple
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or the import asks the network for a newer version
+os.environ.setdefault(
+    "NO_ALBUMENTATIONS_UPDATE", "1"
+)  # or the import asks the network for a newer version
 
 import albumentations as A
 import cv2

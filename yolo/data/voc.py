@@ -13,7 +13,14 @@ from xml.etree.ElementTree import Element, ParseError
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import parse
 
-from yolo.data.dataset import DetectionDataset, RawImage, RawObject, assemble, find_image, header_size
+from yolo.data.dataset import (
+    DetectionDataset,
+    RawImage,
+    RawObject,
+    assemble,
+    find_image,
+    header_size,
+)
 from yolo.errors import UserError
 from yolo.files import read_text
 
@@ -70,17 +77,11 @@ def _locate(root: Path, part: str) -> tuple[Path, str]:
 def _nothing_found(root: Path, part: str, folders: list[Path]) -> str:
     looked = " or ".join(str(folder / "Annotations") for folder in folders)
     if not root.is_dir():
-        return (
-            f"no data set at {root} (looked for {looked}): name --data-root; train.py --download fetches VOC"
-        )
+        return f"no data set at {root} (looked for {looked}): name --data-root; train.py --download fetches VOC"
     years = sorted(folder.name[3:] for folder in root.glob("VOC[0-9]*"))
     if years:
-        return (
-            f"split '{part}': {root} holds the years {', '.join(years)}; name one, as in {years[0]}:trainval"
-        )
-    return (
-        f"split '{part}': no folder {looked}; a devkit has VOC<year>/Annotations, other data has Annotations"
-    )
+        return f"split '{part}': {root} holds the years {', '.join(years)}; name one, as in {years[0]}:trainval"
+    return f"split '{part}': no folder {looked}; a devkit has VOC<year>/Annotations, other data has Annotations"
 
 
 def _read_ids(folder: Path, subset: str) -> list[str]:
@@ -90,7 +91,9 @@ def _read_ids(folder: Path, subset: str) -> list[str]:
     except OSError:
         known = ", ".join(sorted(other.stem for other in path.parent.glob("*.txt"))) or "none"
         raise UserError(f"no split file {path}; there are: {known}") from None
-    ids = [line.split()[0] for line in lines if line.strip()]  # a second column, if any, is a per-class flag
+    ids = [
+        line.split()[0] for line in lines if line.strip()
+    ]  # a second column, if any, is a per-class flag
     if not ids:
         raise UserError(f"{path} lists no images; name another split")
     return ids
@@ -135,4 +138,6 @@ def _object(node: Element) -> RawObject:
     name = node.findtext("name", "").strip()
     if not name:
         raise ValueError("no name")
-    return RawObject(name, (left - 1, top - 1, right, bottom), node.findtext("difficult", "0").strip() == "1")
+    return RawObject(
+        name, (left - 1, top - 1, right, bottom), node.findtext("difficult", "0").strip() == "1"
+    )

@@ -13,7 +13,14 @@ from pathlib import Path
 
 import yaml
 
-from yolo.data.dataset import IMAGE_SUFFIXES, DetectionDataset, RawImage, RawObject, assemble, header_size
+from yolo.data.dataset import (
+    IMAGE_SUFFIXES,
+    DetectionDataset,
+    RawImage,
+    RawObject,
+    assemble,
+    header_size,
+)
 from yolo.errors import UserError
 from yolo.files import read_text
 
@@ -28,7 +35,9 @@ def read_csv_layout(
     """
     path = root / f"{split}.csv"
     if not path.is_file():
-        raise UserError(f"split '{split}': no file {path}; there are: {_listed(root.glob('*.csv'))}")
+        raise UserError(
+            f"split '{split}': no file {path}; there are: {_listed(root.glob('*.csv'))}"
+        )
     rows = [[cell.strip() for cell in row] for row in csv.reader(read_text(path).splitlines())]
     if rows and Path((rows[0] or [""])[0]).suffix.lower() not in IMAGE_SUFFIXES:  # a header
         rows[0] = []
@@ -96,7 +105,9 @@ def _read_labels(image_id: str, image: Path, labels: Path, class_names: Sequence
     return RawImage(image_id, image, labels, height, width, objects)
 
 
-def _object(line: str, where: str, height: int, width: int, class_names: Sequence[str]) -> RawObject:
+def _object(
+    line: str, where: str, height: int, width: int, class_names: Sequence[str]
+) -> RawObject:
     try:
         number, *shares = (float(word) for word in line.split())
         x, y, box_width, box_height = shares
@@ -127,7 +138,10 @@ def _names(root: Path) -> list[str] | None:
 def _yaml_names(path: Path) -> list[str]:
     try:
         names = yaml.safe_load(read_text(path))["names"]
-        return [str(names[key]) for key in (sorted(names) if isinstance(names, dict) else range(len(names)))]
+        return [
+            str(names[key])
+            for key in (sorted(names) if isinstance(names, dict) else range(len(names)))
+        ]
     except (yaml.YAMLError, KeyError, TypeError):
         raise UserError(f"{path}: has no readable `names:`") from None
 
