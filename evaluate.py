@@ -237,7 +237,8 @@ def measure(
 
 def score_files(args: EvaluateArgs) -> int:
     """Score the devkit files of any detector against a data set."""
-    from yolo.data.sources import named_classes, open_dataset
+    from yolo.data.class_names import named_classes
+    from yolo.data.sources import open_dataset
     from yolo.metrics.average_precision import load_objects
     from yolo.metrics.devkit import read_detections
 
@@ -271,7 +272,8 @@ def report(
     record = result_record(measured, dataset, **about)
     folder = output_folder(args, "evaluations", Path(record.get("checkpoint", "")))
     write_evaluation(folder, record, pictures)
-    print("".join(f"skipped      {line}\n" for line in dataset.skipped), end="")
+    for heading, lines in (("notice", dataset.notices), ("skipped", dataset.skipped)):
+        print("".join(f"{heading:<12} {line}\n" for line in lines), end="")
     source = ", ".join(str(record[key]) for key in ("data", "loader") if key in record)
     print(table(record, [("data", f"{source}: {record['image_count']} images"), ("written to", folder)]))
     return record

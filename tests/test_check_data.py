@@ -49,6 +49,23 @@ def test_every_defect_is_listed_with_its_file_and_nothing_stops(root: Path, tmp_
         assert words in text
 
 
+def test_all_defects_are_listed_when_nothing_can_be_used(root: Path, tmp_path: Path):
+    for path in (root / "Annotations").glob("*.xml"):
+        path.write_text(path.read_text().replace("xmin", "left"))
+    text, defects = report(root, tmp_path)
+    assert defects == 24 and "24 defects" in text and text.count("lacks a name or a box") == 25
+
+
+def test_bytes_lost_in_the_middle_of_a_jpeg_are_a_defect(root: Path, tmp_path: Path):
+    path = root / "JPEGImages" / "train_0003.jpg"
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 40] = bytes(40)
+    path.write_bytes(content)
+    text, defects = report(root, tmp_path)
+    assert defects == 1 and "train_0003.jpg: is damaged: corrupt JPEG data" in text
+
+
 def test_a_few_boxes_are_enough_for_a_report(root: Path, tmp_path: Path):
     (root / "ImageSets" / "Main" / "train.txt").write_text("train_0001\n")
     annotation = root / "Annotations" / "train_0001.xml"

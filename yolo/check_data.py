@@ -1,11 +1,14 @@
 """`--check-data`: a data set counted, checked and drawn before a machine is busy with it for hours."""
 
 import hashlib
+import os
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from tempfile import TemporaryFile
+from typing import NamedTuple, TextIO
 
 import cv2
 import numpy as np
@@ -17,10 +20,11 @@ from tqdm import tqdm
 from yolo.boxes import shape_iou
 from yolo.config import ANCHOR_REFERENCE_SIZE, COCO_ANCHORS, Config, anchor_sizes
 from yolo.data.anchors import box_shapes, clustered_anchors, compare_anchors, training_boxes
-from yolo.data.dataset import DetectionDataset
+from yolo.data.class_names import named_classes
+from yolo.data.dataset import DetectionDataset, NothingUsableError
 from yolo.data.samplers import SampleKey
 from yolo.data.samples import MosaicCollate, TrainSamples
-from yolo.data.sources import named_classes, open_dataset
+from yolo.data.sources import open_dataset
 from yolo.errors import UsageError, UserError
 from yolo.losses import assign_targets
 from yolo.models.yolov3 import STRIDES, make_anchors
@@ -31,6 +35,8 @@ ASSIGN_BATCH = 64  # samples
 BAR = 40  # characters of the longest bar of a histogram
 # differing bits of 256: copies at another size or JPEG quality stay below, others far above
 SAME_PICTURE = 12
+# what libjpeg says of bytes lost in the middle; the image decodes all the same, in part grey or shifted
+CORRUPT = re.compile("Corrupt JPEG|Premature end of JPEG")
 SHOWN = 20  # duplicates listed; more are counted
 
 
@@ -42,7 +48,7 @@ class Look(NamedTuple):
     appearance: np.ndarray  # [32] uint8: 16 x 16 bits, whether brightness rises to the right
 
 
-def check_data(cfg: Config, out_dir: Path, say: Callable[[str], None] = print) -> int:
+def check_data(cfg: Config, out_dir: Path, log: Callable[[str], None] = print) -> int:
     """Print what is in the training and the test set and what is wrong with it; draw augmented samples.
 
     Writes `data_samples.png` and the same picture for TensorBoard, at step 0, into `out_dir`.
@@ -58,11 +64,20 @@ def check_data(cfg: Config, out_dir: Path, say: Callable[[str], None] = print) -
             "--check-data looks at boxes: there are none to check for --task classification"
         )
     open_all = replace(cfg, skip_bad=True, cache="none")
-    train_set = open_dataset(open_all, cfg.train_split, named_classes(cfg))
-    test_set = open_dataset(open_all, cfg.split, train_set.class_names)
+    try:
+        train_set = open_dataset(open_all, cfg.train_split, named_classes(cfg))
+        test_set = open_dataset(open_all, cfg.split, train_set.class_names)
+    except NothingUsableError as error:
+        log(
+            _listing(
+                f"{error}\n{len(error.defects)} defects", error.defects, shown=len(error.defects)
+            )
+        )
+        return len(error.defects)
     sets = {f"train ({cfg.train_split})": train_set, f"test ({cfg.split})": test_set}
     looks = {name: _look_at_all(dataset, name) for name, dataset in sets.items()}
     defects = _defects(sets, looks)
+    notices = [f"{name}: {line}" for name, dataset in sets.items() for line in dataset.notices]
     shapes = box_shapes(training_boxes(train_set, open_all))
     clustered = clustered_anchors(shapes)
     for part in (
@@ -70,13 +85,17 @@ def check_data(cfg: Config, out_dir: Path, say: Callable[[str], None] = print) -
         _anchors(shapes, cfg, clustered),
         _collisions(train_set, open_all, anchor_sizes(cfg.anchors) or clustered or COCO_ANCHORS),
         _duplicates(sets, looks),
+        _listing(f"{len(notices)} notices", notices) if notices else "",
         _listing(f"{len(defects)} defects", defects, shown=len(defects))
         if defects
         else "no defects found\n",
     ):
-        say(part)
+        if part:
+            log(part)
+    if all(look.defect for look in looks[f"train ({cfg.train_split})"]):
+        return len(defects)  # there is nothing to draw
     sheet = contact_sheet(train_set, open_all)
-    say(f"augmented samples with their boxes: {write_sheet(sheet, out_dir)}")
+    log(f"augmented samples with their boxes: {write_sheet(sheet, out_dir)}")
     return len(defects)
 
 
@@ -110,11 +129,49 @@ def write_sheet(sheet: np.ndarray, out_dir: Path) -> Path:
 
 
 def _look_at_all(dataset: DetectionDataset, name: str) -> list[Look]:
-    with ThreadPoolExecutor() as pool:
-        every = pool.map(lambda index: _look(dataset, index), range(len(dataset)))
-        return list(
-            tqdm(every, f"reading {name}", len(dataset), unit="image", disable=None, leave=False)
-        )
+    looks: list[Look] = []
+
+    def look_at_each(terminal: TextIO) -> None:
+        with ThreadPoolExecutor() as pool:
+            every = pool.map(lambda index: _look(dataset, index), range(len(dataset)))
+            bar = tqdm(
+                every, f"reading {name}", len(dataset), disable=None, leave=False, file=terminal
+            )
+            looks.extend(bar)
+
+    if CORRUPT.search(_complaints(look_at_each)):
+        for index in _corrupt(dataset, list(range(len(dataset)))):
+            looks[index] = looks[index]._replace(
+                defect=f"{dataset.paths[index]}: is damaged: corrupt JPEG data"
+            )
+    return looks
+
+
+def _corrupt(dataset: DetectionDataset, indices: list[int]) -> list[int]:
+    """Return the images that the JPEG decoder, which names no file, complains about: by halves."""
+
+    def decode(terminal: TextIO) -> None:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda index: _look(dataset, index), indices))
+
+    if not CORRUPT.search(_complaints(decode)):
+        return []
+    if len(indices) == 1:
+        return indices
+    middle = len(indices) // 2
+    return [*_corrupt(dataset, indices[:middle]), *_corrupt(dataset, indices[middle:])]
+
+
+def _complaints(work: Callable[[TextIO], None]) -> str:
+    """Do work that gets the real stderr; return what C libraries wrote to theirs meanwhile."""
+    with TemporaryFile("w+", errors="replace") as caught, os.fdopen(os.dup(2), "w") as terminal:
+        os.dup2(caught.fileno(), 2)
+        try:
+            work(terminal)
+        finally:
+            os.dup2(terminal.fileno(), 2)
+        caught.seek(0)
+        return caught.read()
 
 
 def _look(dataset: DetectionDataset, index: int) -> Look:

@@ -22,6 +22,10 @@ from yolo.files import find, read_text
 Args = TypeVar("Args")
 # Not stored with a run: in a file they would hold for its first start and be forgotten by its resume.
 OF_ONE_START = frozenset({"config", "out_dir", "resume", "replan", "mirror", "max_time"})
+WORKER_LOST = (
+    "a worker that is killed mostly lacks memory: use fewer --workers or --cache none; a training goes "
+    "on with --resume auto"
+)
 WITHOUT_LIBGL = "pip install --force-reinstall --no-deps opencv-python-headless"
 
 
@@ -65,6 +69,11 @@ def run(main: Callable[[Sequence[str] | None], int]) -> None:
         if debug:
             raise
         print(f"error: {error} (--debug shows where)", file=sys.stderr, flush=True)
+        code = 1
+    except RuntimeError as error:  # torch has no type of its own for it
+        if debug or "DataLoader worker" not in str(error):
+            raise
+        print(f"error: {error}; {WORKER_LOST}", file=sys.stderr, flush=True)
         code = 1
     except ImportError as error:
         if debug or "libGL" not in str(error):

@@ -1,5 +1,6 @@
 """YOLO folders and the CSV copy of VOC."""
 
+import re
 from pathlib import Path
 
 import cv2
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 from yolo.config import Config
+from yolo.data.class_names import named_classes, read_class_names
 from yolo.data.sources import open_dataset, open_datasets
 from yolo.data.voc import VOC_CLASSES
 from yolo.data.yolo import read_csv_layout, read_yolo_folder
@@ -92,10 +94,129 @@ def test_names_may_be_numbered_in_the_yaml(folder: Path):
     assert read_yolo_folder(folder, "train", None).class_names == ("fork", "knife")
     (folder / "data.yaml").write_text("names: {1: knife, 0: fork}\n")
     assert read_yolo_folder(folder, "train", None).class_names == ("fork", "knife")
-    for text in ("nc: 2\n", "names:\n"):
+    for text in ("nc: 2\n", "names: [[fork]]\n", "names: {fork: 0}", "names: [a]\nnames: [b]"):
         (folder / "data.yaml").write_text(text)
         with pytest.raises(UserError, match="no readable `names:`"):
             read_yolo_folder(folder, "train", None)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "names"),
+    [
+        (
+            "data.yaml",
+            "names: {'0': a, '1': b, '10': c, '2': d}",
+            {0: "a", 1: "b", 2: "d", 10: "c"},
+        ),
+        ("data.yaml", "names: cat, dog\nnc: 2", {0: "cat", 1: "dog"}),
+        ("data.yaml", "names: [yes, no, 3]", {0: "yes", 1: "no", 2: "3"}),
+        ("data.yaml", "names: {1: a, 3: b}\nnc: 2", {1: "a", 3: "b"}),
+        ("obj.names", "cat \ndog\n\n", {0: "cat", 1: "dog"}),
+    ],
+)
+def test_class_names_are_read_as_they_are_written(
+    tmp_path: Path, file: str, text: str, names: dict[int, str]
+):
+    (tmp_path / file).write_text(text)
+    assert read_class_names(tmp_path / file) == names
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("data.yaml", "names: [cat, dog]\nnc: 3", "nc: 3, but its `names:` go up to class 1, dog"),
+        ("data.yaml", "names: [cat, cat]", "classes 0 and 1 have the same name, cat"),
+        ("data.yaml", "names:", "class 0 has no name"),
+        ("classes.txt", "cat\n\ndog", "class 1 has no name"),
+        ("classes.txt", "", "holds no class names"),
+    ],
+)
+def test_class_names_that_cannot_be_right_stop(tmp_path: Path, file: str, text: str, words: str):
+    (tmp_path / file).write_text(text)
+    with pytest.raises(UserError, match=f"{file}.*{words}"):
+        read_class_names(tmp_path / file)
+
+
+def test_the_flag_of_classes_takes_names_or_a_file_of_them(tmp_path: Path):
+    (tmp_path / "obj.names").write_text("cat\ndog\n")
+    assert named_classes(Config(classes=str(tmp_path / "obj.names"))) == ("cat", "dog")
+    assert named_classes(Config(classes="cat, dog,")) == ("cat", "dog")
+    assert named_classes(Config()) is None
+
+
+def test_labels_beside_their_images_are_read(folder: Path):
+    for label in [*folder.rglob("a.txt")]:
+        label.rename(folder / str(label.relative_to(folder)).replace("labels", "images"))
+    dataset = read_yolo_folder(folder, "train", None)
+    assert [len(annotation.labels) for annotation in dataset.annotations] == [1, 0]
+
+
+def test_a_split_in_which_no_image_finds_its_labels_stops(folder: Path):
+    for path in folder.rglob("a.txt"):
+        path.rename(path.with_name("other.txt"))
+    with pytest.raises(
+        UserError, match=r"none of the 2 images has a label file \(looked for .*a\.txt"
+    ):
+        read_yolo_folder(folder, "train", None)
+
+
+def test_sub_folders_are_read_with_their_labels(folder: Path):
+    for path in [*folder.rglob("a.png"), *folder.rglob("a.txt")]:
+        (path.parent / "video").mkdir()
+        path.rename(path.parent / "video" / path.name)
+    dataset = read_yolo_folder(folder, "train", None)
+    assert dataset.image_ids == ["b.jpg", "video/a.png"]
+    assert [len(annotation.labels) for annotation in dataset.annotations] == [0, 1]
+
+
+def test_what_is_given_and_not_used_is_counted_with_its_first_name(folder: Path):
+    label = next(path for path in folder.rglob("a.txt") if "train" in path.parts)
+    label.write_text("1 0.5 0.5 0.25 0.5\n" * 2 + "0 0.1 0.1 0.5 0.1 0.5 0.5\n")
+    (label.parent / "c.txt").write_text("")
+    image = next(path for path in folder.rglob("b.jpg") if "train" in path.parts)
+    (image.parent / "c.heic").write_bytes(b"")
+    dataset = read_yolo_folder(folder, "train", None)
+    assert [len(annotation.labels) for annotation in dataset.annotations] == [2, 0]
+    np.testing.assert_allclose(dataset.annotation(0).boxes[1], [8, 4, 40, 20], rtol=1e-5)
+    notices = "\n".join(dataset.notices)
+    for words in (
+        "c.txt",
+        "c.heic",
+        "b.jpg",
+        "stand twice.*a.txt, line 2",
+        "polygons.*a.txt, line 3",
+    ):
+        assert re.search(f"1 .*; the first: .*{words}|1 .*{words}", notices), words
+
+
+def test_class_names_beside_the_labels_are_found_and_others_are_mentioned(folder: Path):
+    label = next(path for path in folder.rglob("a.txt") if "train" in path.parts)
+    (label.parent / "classes.txt").write_text("fork\nknife\n")
+    assert "1 files name other classes" in read_yolo_folder(folder, "train", None).notices[0]
+    (folder / "data.yaml").unlink()
+    assert read_yolo_folder(folder, "train", None).class_names == ("fork", "knife")
+
+
+def test_a_list_of_images_as_cvat_writes_it_is_read(tmp_path: Path):
+    write_pair(
+        tmp_path / "obj_train_data/a.jpg", tmp_path / "obj_train_data/a.txt", "1 0.5 0.5 1 1"
+    )
+    (tmp_path / "obj.names").write_text("cat\ndog\n")
+    (tmp_path / "train.txt").write_text("data/obj_train_data/a.jpg\n")
+    dataset = read_yolo_folder(tmp_path, "train", None)
+    assert dataset.annotation(0).labels.tolist() == [1]
+
+
+def test_a_file_as_data_root_is_an_error_that_asks_for_its_folder(folder: Path):
+    cfg = Config(dataset="yolo", data_root=str(folder / "data.yaml"))
+    with pytest.raises(UserError, match="is a file; name the folder"):
+        open_dataset(cfg, "train", None)
+
+
+def test_a_label_file_that_the_csv_names_and_that_is_missing_is_a_defect(kaggle: Path):
+    (kaggle / "labels" / "000009.txt").unlink()
+    with pytest.raises(UserError, match=r"000009\.txt: no such label file"):
+        read_csv_layout(kaggle, "train", VOC_CLASSES)
 
 
 def test_numbers_mean_what_the_folder_says_whatever_order_a_checkpoint_has(folder: Path):
@@ -112,6 +233,7 @@ def test_numbers_mean_what_the_folder_says_whatever_order_a_checkpoint_has(folde
         ("2 0.5 0.5 0.1 0.1", "class 2"),
         ("0 0.5 0.5 0.1", "line 1.*is not `class cx cy width height`"),
         ("0 0.5 0.5 0.1 x", "is not `class"),
+        ("0.7 0.5 0.5 0.1 0.1", "is not `class"),
         ("nan 0.5 0.5 0.1 0.1", "is not `class"),
         ("inf 0.5 0.5 0.1 0.1", "is not `class"),
         ("0 0.9 0.5 0.4 0.2", "outside"),

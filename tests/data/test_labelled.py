@@ -75,6 +75,32 @@ def test_class_folders_give_the_same_arrays_however_they_are_packed(
     assert train.digest() == open_datasets(_images(class_folders))[0].digest() != test.digest()
 
 
+def test_linked_folders_and_sub_folders_of_classes_are_read_and_hidden_ones_are_not(
+    class_folders: Path, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(class_folders, tmp_path / "copy"))
+    shutil.move(root / "train/cat", tmp_path / "cats")
+    (root / "train/cat").symlink_to(tmp_path / "cats")
+    (tmp_path / "cats/up").symlink_to(root)  # has no end
+    (root / "train/dog/day1").mkdir()
+    shutil.move(root / "train/dog/0.png", root / "train/dog/day1/0.png")
+    (root / "train/.ipynb_checkpoints").mkdir()
+    shutil.copy(tmp_path / "cats/1.png", root / "train/.ipynb_checkpoints/1.png")
+    train, test = open_datasets(_images(root))
+    assert train.class_names == ("cat", "dog") and train.labels.tolist() == [0] * 4 + [1] * 4
+    assert "dog/day1/0.png" in train.image_ids and train.notices == test.notices == []
+
+
+def test_files_of_a_split_that_are_not_used_are_counted(
+    class_folders: Path, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(class_folders, tmp_path / "copy"))
+    (root / "train/cat/a.heic").write_bytes(b"")
+    shutil.copy(root / "train/cat/0.png", root / "train/loose.png")
+    (notice,) = open_datasets(_images(root))[0].notices
+    assert notice.startswith("2 files are") and notice.endswith("the first: train/cat/a.heic")
+
+
 def test_images_of_other_sizes_become_32_pixels(tmp_path: Path) -> None:
     folder = tmp_path / "test" / "wide"
     folder.mkdir(parents=True)

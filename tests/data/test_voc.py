@@ -8,7 +8,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from yolo.config import Config
-from yolo.data.dataset import DetectionDataset
+from yolo.data.dataset import DetectionDataset, NothingUsableError
 from yolo.data.samplers import SampleKey
 from yolo.data.samples import MAX_REPLACEMENTS, EvalSamples, TrainSamples, plain_collate
 from yolo.data.sources import open_datasets
@@ -100,6 +100,39 @@ def test_a_broken_annotation_names_its_file_and_skip_bad_leaves_it_out(
     dataset = read_voc(root, "train", ("cat",), skip_bad=True)
     assert len(dataset.skipped) == 1 and "broken.xml" in dataset.skipped[0]
     assert sum(len(note.labels) for note in dataset.annotations) == 1
+
+
+def test_what_other_programs_write_differently_is_read(root: Path):
+    write_image(root, "IMG (1)")
+    write_image(root, "flagged")
+    write_image(root, "named")
+    split = root / "ImageSets" / "Main" / "train.txt"
+    split.write_text("IMG (1)\nflagged  -1\nnamed\n")
+    path = root / "Annotations" / "named.xml"
+    path.write_text(path.read_text().replace("<annotation>", '<annotation xmlns="http://x.y">'))
+    (root / "JPEGImages" / "named.jpg").rename(root / "JPEGImages" / "named.Jpg")
+    dataset = read_voc(root, "train", None)
+    assert dataset.image_ids == ["IMG (1)", "flagged", "named"]
+    assert [len(annotation.labels) for annotation in dataset.annotations] == [1, 1, 1]
+
+
+def test_a_single_folder_asks_for_the_names_of_its_splits(root: Path):
+    message = refusal(root, "2007:trainval")
+    assert "(train) with --train-split and --split" in message
+
+
+def test_a_truncated_image_is_a_defect_before_training(root: Path):
+    write_image(root, "cut")
+    path = root / "JPEGImages" / "cut.jpg"
+    path.write_bytes(path.read_bytes()[:-60])
+    assert "cut.jpg: is truncated" in refusal(root) and "--skip-bad" in refusal(root)
+
+
+def test_a_split_in_which_all_is_defective_names_the_first_defect(root: Path):
+    (root / "Annotations" / "good.xml").write_text("<annotation>")
+    with pytest.raises(NothingUsableError, match=r"none of the images.*good\.xml") as caught:
+        read_voc(root, "train", None, skip_bad=True)
+    assert len(caught.value.defects) == 1
 
 
 def test_several_defects_are_counted(root: Path):

@@ -15,6 +15,7 @@ from yolo.app.samples import SampleSet
 from yolo.app.style import THEME, style_sheet
 from yolo.app.uploads import MAX_FILE_SIZE
 from yolo.app.widgets import QUEUE
+from yolo.errors import UsageError
 
 WAITING_PEOPLE = 64  # further ones are told to try again, instead of waiting for minutes
 PEOPLE_IN_MEMORY = 100  # a picture with its trace is up to 25 MB
@@ -57,21 +58,29 @@ processing_utils.async_ssrf_protected_download = _refuse_address
 def serve(page: gr.Blocks, models: Mapping[str, Model], host: str | None, port: int | None) -> None:
     """Serve until stopped; nothing but the page's own pictures is ever handed out."""
     num_classes = max(len(model.loaded.class_names) for model in models.values())
-    page.launch(
-        server_name=host,
-        server_port=port,
-        share=False,
-        allowed_paths=[],
-        max_file_size=MAX_FILE_SIZE,
-        state_session_capacity=PEOPLE_IN_MEMORY,
-        show_error=False,
-        ssr_mode=False,
-        run_history=False,
-        enable_monitoring=False,
-        footer_links=["api", "gradio"],
-        theme=THEME,
-        css=style_sheet(num_classes),
-    )
+    try:
+        page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            allowed_paths=[],
+            max_file_size=MAX_FILE_SIZE,
+            state_session_capacity=PEOPLE_IN_MEMORY,
+            show_error=False,
+            ssr_mode=False,
+            run_history=False,
+            enable_monitoring=False,
+            footer_links=["api", "gradio"],
+            theme=THEME,
+            css=style_sheet(num_classes),
+        )
+    except OSError as error:
+        if port is None or "port" not in str(error):
+            raise
+        raise UsageError(
+            f"--port {port}: another program listens there; name another port, or leave --port out for "
+            "the first free one from 7860"
+        ) from None
 
 
 def _lay_out_model(model: Model, samples: SampleSet | None) -> None:

@@ -1,11 +1,12 @@
 """Read the files of a folder, a tar of any compression or a zip, without unpacking it."""
 
 import lzma
+import os
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from yolo.errors import UserError
@@ -14,8 +15,32 @@ Wanted = Callable[[PurePosixPath], bool]
 Members = Iterator[tuple[PurePosixPath, bytes]]
 
 
+def is_hidden(path: PurePath) -> bool:
+    """Return whether a program keeps its own files there, as in `.ipynb_checkpoints` or `__MACOSX`."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+
+
+def walk(root: Path) -> Iterator[Path]:
+    """Yield the files below a folder, sorted folder by folder, but no hidden ones; follows links."""
+    for folder, folders, names in os.walk(root, followlinks=True):
+        here = Path(folder)
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not is_hidden(PurePath(name)) and not _leads_upwards(here / name)
+        )
+        yield from (here / name for name in sorted(names) if not is_hidden(PurePath(name)))
+
+
+def _leads_upwards(path: Path) -> bool:
+    """Return whether a folder is a link to one that it is in: following it has no end."""
+    return path.is_symlink() and any(path.samefile(above) for above in path.parents)
+
+
 def read_members(root: Path, wanted: Wanted) -> Members:
     """Yield path and content of the wanted files of a folder, a tar (of any compression) or a zip.
+
+    Hidden files are left out.
 
     Raises:
         UserError: if `root` is none of them, or ends too early.
@@ -36,9 +61,9 @@ def read_members(root: Path, wanted: Wanted) -> Members:
 
 
 def _folder_members(root: Path, wanted: Wanted) -> Members:
-    for path in root.rglob("*"):
+    for path in walk(root):
         inside = PurePosixPath(path.relative_to(root).as_posix())
-        if wanted(inside) and path.is_file():
+        if wanted(inside):
             yield inside, path.read_bytes()
 
 
@@ -46,7 +71,7 @@ def _zip_members(root: Path, wanted: Wanted) -> Members:
     with zipfile.ZipFile(root) as archive:
         for info in archive.infolist():
             inside = PurePosixPath(info.filename)
-            if wanted(inside) and not info.is_dir():
+            if not info.is_dir() and not is_hidden(inside) and wanted(inside):
                 yield inside, archive.read(info)
 
 
@@ -56,7 +81,7 @@ def _tar_members(root: Path, wanted: Wanted) -> Members:
     ) as archive:  # as a stream: seeking in a compressed tar starts over
         for member in archive:
             inside = PurePosixPath(member.name)
-            if wanted(inside) and member.isfile():
+            if member.isfile() and not is_hidden(inside) and wanted(inside):
                 content = archive.extractfile(member)
                 if content is not None:
                     yield inside, content.read()

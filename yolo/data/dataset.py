@@ -4,6 +4,7 @@ A source (`voc`, `csv`, `yolo`, `digits`) only says what its files contain, as `
 headers, boxes and class names, and `read_rgb` decodes pixels.
 """
 
+import glob
 import hashlib
 import struct
 import warnings
@@ -19,8 +20,14 @@ from PIL import Image, UnidentifiedImageError
 
 from yolo.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff",
+)  # fmt: skip
 JPEG_START = b"\xff\xd8"
+END_MARKS = {
+    JPEG_START: b"\xff\xd9",
+    b"\x89P": b"IEND\xaeB`\x82",
+}  # of JPEG and PNG, by their start
 # decoded in several workers at once, more than this fills the memory of a small machine
 MAX_PIXELS = 64_000_000
 # pixels; must be exceeded. In VOC's inclusive pixels a box with xmin = xmax is one pixel wide
@@ -86,6 +93,7 @@ class DetectionDataset:
     paths: list[Path]
     annotations: list[Annotation] = field(repr=False)
     skipped: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)  # what was given and is not used as it stands
     follow_exif: bool = False
     cache: ImageCache | None = field(default=None, repr=False)
 
@@ -126,6 +134,14 @@ class DetectionDataset:
         return state.hexdigest()
 
 
+class NothingUsableError(UserError):
+    """All that a split holds is defective; `defects` lists it."""
+
+    def __init__(self, name: str, defects: list[str]) -> None:
+        super().__init__(f"{name}: none of the images can be used; the first: {defects[0]}")
+        self.defects = defects
+
+
 class Defects:
     """Collects what is wrong with a data set: in the end an error, or with `skip` what was left out."""
 
@@ -153,6 +169,11 @@ class Defects:
                 f"{self.found[0]}{more}; --skip-bad leaves them out, --check-data lists them all"
             )
         return self.found
+
+
+def notice(what: str, things: Sequence[object]) -> list[str]:
+    """Return the line that says how many things there are, and which is the first; none without any."""
+    return [f"{len(things)} {what}; the first: {things[0]}"] if things else []
 
 
 def assemble(
@@ -183,8 +204,10 @@ def assemble(
     label_of = {class_name: label for label, class_name in enumerate(class_names)}
     annotations = [_annotation(image, label_of, defects) for image in images]
     skipped = defects.settle(name)
+    if not images and skipped:
+        raise NothingUsableError(name, skipped)
     if not images:
-        raise UserError(f"{name}: no usable images; check the split file and --data-root")
+        raise UserError(f"{name}: holds no images; check the split and --data-root")
     if not class_names:
         raise UserError(
             f"{name}: no image has a box, so there are no classes to learn; name them with --classes"
@@ -304,7 +327,14 @@ def find_image(folder: Path, stem: str) -> Path:
         for candidate in (folder / f"{stem}{suffix}", folder / f"{stem}{suffix.upper()}"):
             if candidate.exists():
                 return candidate
-    return folder / f"{stem}.jpg"
+    others = sorted(folder.glob(f"{glob.escape(stem)}.*"))  # reads the folder: only for mixed case
+    named = (path for path in others if path.stem == Path(stem).name)
+    return next(filter(is_image, named), folder / f"{stem}.jpg")
+
+
+def is_image(path: PurePath) -> bool:
+    """Return whether a file's name says that it is an image of a kind that can be read."""
+    return path.suffix.lower() in IMAGE_SUFFIXES
 
 
 def decode_rgb(
@@ -346,6 +376,7 @@ def _checked_images(
         try:
             image = read(image_id)
             _check_header(image)
+            _check_end(image.image)
         except UserError as error:
             defects.add(str(error))
         else:
@@ -365,6 +396,15 @@ def _check_header(image: RawImage) -> None:
             f"{image.image}: {image.width}x{image.height} is over {MAX_PIXELS // 10**6} million pixels; "
             "scale the image and its boxes down"
         )
+
+
+def _check_end(path: Path) -> None:
+    """Decode an image that does not end as its kind does: now, and not in the middle of an epoch."""
+    with path.open("rb") as file:
+        start = file.read(2)
+        file.seek(max(0, path.stat().st_size - 64))
+        if END_MARKS.get(start, b"") not in file.read():
+            read_rgb(path)
 
 
 def _annotation(image: RawImage, label_of: dict[str, int], defects: Defects) -> Annotation:
@@ -392,7 +432,8 @@ def _object_defect(thing: RawObject, image: RawImage, label_of: dict[str, int]) 
     left, top, right, bottom = thing.box
     shown = ", ".join(f"{value:g}" for value in thing.box)
     if thing.name not in label_of:
-        return f"is of none of the classes {', '.join(label_of)}"
+        known = ", ".join(label_of)
+        return f"is of none of the classes {known} (--classes of a training can name it as well)"
     if not np.isfinite(thing.box).all():
         return f"has a box that is no number: {shown}"
     if min(right - left, bottom - top) <= MIN_BOX_SIDE:

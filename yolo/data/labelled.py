@@ -6,7 +6,7 @@ Binary format: https://www.cs.toronto.edu/~kriz/cifar.html (Krizhevsky 2009).
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -15,7 +15,8 @@ import numpy as np
 
 from yolo.config import DataConfig
 from yolo.data.archives import read_members
-from yolo.data.dataset import IMAGE_SUFFIXES, decode_rgb
+from yolo.data.class_names import named_classes
+from yolo.data.dataset import decode_rgb, is_image, notice
 from yolo.errors import UsageError, UserError
 
 IMAGE_SIZE = 32
@@ -51,6 +52,7 @@ class ImageDataset:
         image_ids: where each image came from.
         skipped: one line for each unreadable image that `--skip-bad` left out.
         name: source, split and root, for reports.
+        notices: what was given and is not used.
     """
 
     images: np.ndarray
@@ -59,6 +61,7 @@ class ImageDataset:
     image_ids: list[str]
     skipped: list[str]
     name: str
+    notices: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -80,6 +83,7 @@ class _Split(NamedTuple):
     classes: list[str]  # of each image
     image_ids: list[str]
     skipped: list[str]
+    notices: list[str]
 
 
 def open_datasets(cfg: DataConfig) -> tuple[ImageDataset, ImageDataset]:
@@ -91,9 +95,7 @@ def open_datasets(cfg: DataConfig) -> tuple[ImageDataset, ImageDataset]:
     """
     splits = _read(cfg, (cfg.train_split, cfg.split))
     train = splits[cfg.train_split]
-    class_names = (
-        tuple(sorted(set(train.classes))) if cfg.classes == "auto" else _listed(cfg.classes)
-    )
+    class_names = named_classes(cfg) or tuple(sorted(set(train.classes)))
     return _label(cfg, cfg.train_split, train, class_names), _label(
         cfg, cfg.split, splits[cfg.split], class_names
     )
@@ -102,10 +104,6 @@ def open_datasets(cfg: DataConfig) -> tuple[ImageDataset, ImageDataset]:
 def open_dataset(cfg: DataConfig, split: str, class_names: Sequence[str]) -> ImageDataset:
     """Open one split with the classes of a trained model; raises as `open_datasets`."""
     return _label(cfg, split, _read(cfg, (split,))[split], tuple(class_names))
-
-
-def _listed(classes: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in classes.split(",") if word.strip())
 
 
 def _root(cfg: DataConfig) -> Path:
@@ -135,7 +133,9 @@ def _label(cfg: DataConfig, split: str, raw: _Split, class_names: tuple[str, ...
     index = {name: i for i, name in enumerate(class_names)}
     labels = np.array([index[name] for name in raw.classes], dtype=np.int64)
     name = f"{cfg.dataset} {split} ({where})"
-    return ImageDataset(raw.images, labels, class_names, raw.image_ids, raw.skipped, name)
+    return ImageDataset(
+        raw.images, labels, class_names, raw.image_ids, raw.skipped, name, raw.notices
+    )
 
 
 def _read_digits(splits: Sequence[str]) -> dict[str, _Split]:
@@ -151,7 +151,9 @@ def _read_digits(splits: Sequence[str]) -> dict[str, _Split]:
     for split in splits:
         rows = ranges[_known_split(split, ranges)]
         classes = [str(digits.target[i]) for i in rows]
-        result[split] = _Split(images[rows.start : rows.stop], classes, [str(i) for i in rows], [])
+        result[split] = _Split(
+            images[rows.start : rows.stop], classes, [str(i) for i in rows], [], []
+        )
     return result
 
 
@@ -217,23 +219,25 @@ def _parse_batches(source: Path, names: Sequence[str], batches: dict[str, bytes]
     planes = records[:, 1:].reshape(-1, 3, IMAGE_SIZE, IMAGE_SIZE)
     images = np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
     ids = [f"{name}:{i}" for name in names for i in range(IMAGES_PER_BATCH_FILE)]
-    return _Split(images, [CIFAR10_CLASSES[label] for label in labels], ids, [])
+    return _Split(images, [CIFAR10_CLASSES[label] for label in labels], ids, [], [])
 
 
 def _read_class_folders(root: Path, splits: Sequence[str], skip_bad: bool) -> dict[str, _Split]:
-    """Read `<split>/<class>/<image>`, below any leading folder; the order is that of the sorted paths."""
+    """Read `<split>/<class>/<image>`, below any leading folder and with sub-folders of classes."""
+    entries: dict[str, list[tuple[str, np.ndarray]]] = {split: [] for split in splits}
+    skipped: dict[str, list[str]] = {split: [] for split in splits}
+    unread: dict[str, list[str]] = {split: [] for split in splits}
 
     def is_wanted(path: PurePosixPath) -> bool:
-        return (
-            len(path.parts) >= 3
-            and path.parts[-3] in splits
-            and path.suffix.lower() in IMAGE_SUFFIXES
-        )
+        split, inside = _below_split(path, splits)
+        usable = is_image(path) and len(inside) > 1
+        if split and not usable:
+            unread[split].append(str(path))
+        return split is not None and usable
 
-    found: dict[str, list[tuple[str, str, np.ndarray]]] = {split: [] for split in splits}
-    skipped: dict[str, list[str]] = {split: [] for split in splits}
     for path, data in read_members(root, is_wanted):
-        split, class_name, file_name = path.parts[-3:]
+        split, inside = _below_split(path, splits)
+        assert split  # it is wanted
         try:
             image = to_32(decode_rgb(path, np.frombuffer(data, np.uint8)))
         except UserError as error:
@@ -241,22 +245,49 @@ def _read_class_folders(root: Path, splits: Sequence[str], skip_bad: bool) -> di
                 raise UserError(f"{root}: {error}; remove it or use --skip-bad") from None
             skipped[split].append(str(error))
         else:
-            found[split].append((f"{class_name}/{file_name}", class_name, image))
-    for split, entries in found.items():
-        if not entries:
-            raise UserError(
-                f"{root}: no images under {split}/<class>/; is the split spelled as its folder?"
-            )
-        entries.sort(key=lambda entry: entry[0])
+            entries[split].append(("/".join(inside), image))
     return {
-        split: _Split(
-            np.stack([image for _, _, image in entries]),
-            [class_name for _, class_name, _ in entries],
-            [image_id for image_id, _, _ in entries],
-            skipped[split],
-        )
-        for split, entries in found.items()
+        split: _class_split(root, split, entries[split], skipped[split], unread[split])
+        for split in splits
     }
+
+
+def _below_split(path: PurePosixPath, splits: Sequence[str]) -> tuple[str | None, tuple[str, ...]]:
+    """Return the split that a file belongs to, and its path below that folder."""
+    for place, part in enumerate(path.parts[:-1]):
+        if part in splits:
+            return part, path.parts[place + 1 :]
+    return None, ()
+
+
+def _class_split(
+    root: Path,
+    split: str,
+    entries: list[tuple[str, np.ndarray]],
+    skipped: list[str],
+    unread: list[str],
+) -> _Split:
+    """Return the images of a split in the order of their paths."""
+    if skipped and not entries:
+        raise UserError(
+            f"{root}: none of the images under {split}/ can be used; the first: {skipped[0]}"
+        )
+    if not entries:
+        raise UserError(
+            f"{root}: no images under {split}/<class>/; is the split spelled as its folder?"
+        )
+    entries.sort(key=lambda entry: entry[0])
+    image_ids = [image_id for image_id, _ in entries]
+    return _Split(
+        np.stack([image for _, image in entries]),
+        [image_id.split("/")[0] for image_id in image_ids],
+        image_ids,
+        skipped,
+        notice(
+            "files are no images of a kind that can be read, in a class folder, and left out",
+            sorted(unread),
+        ),
+    )
 
 
 def to_32(image: np.ndarray) -> np.ndarray:

@@ -5,12 +5,13 @@ from pathlib import Path
 
 from yolo.config import Config
 from yolo.data.cache import cache_images
+from yolo.data.class_names import named_classes
 from yolo.data.dataset import DetectionDataset, drop_unreadable
 from yolo.data.digits import CLASS_NAMES, ensure_digits
 from yolo.data.download import ensure_voc
-from yolo.data.voc import VOC_CLASSES, read_voc
+from yolo.data.voc import read_voc
 from yolo.data.yolo import read_csv_layout, read_yolo_folder
-from yolo.errors import UsageError
+from yolo.errors import UsageError, UserError
 
 
 def open_datasets(cfg: Config, processes: int = 1) -> tuple[DetectionDataset, DetectionDataset]:
@@ -55,6 +56,8 @@ def open_dataset(cfg: Config, split: str, class_names: Sequence[str] | None) -> 
         UserError: for missing data or the first defect.
     """
     root = Path(cfg.data_root or f"data/{cfg.dataset}")
+    if root.is_file():
+        raise UserError(f"--data-root {root}: is a file; name the folder that it lies in")
     match cfg.dataset:
         case "digits":
             return read_voc(ensure_digits(root), split, class_names or CLASS_NAMES, cfg.skip_bad)
@@ -69,12 +72,3 @@ def open_dataset(cfg: Config, split: str, class_names: Sequence[str] | None) -> 
     raise UsageError(
         f"--dataset {cfg.dataset}: has no boxes to detect; want digits, voc, csv or yolo"
     )
-
-
-def named_classes(cfg: Config) -> Sequence[str] | None:
-    """Return the classes that `--classes` names, None for `auto`."""
-    if cfg.classes == "auto":
-        return None
-    if cfg.classes == "voc":
-        return VOC_CLASSES
-    return [name.strip() for name in cfg.classes.split(",") if name.strip()]

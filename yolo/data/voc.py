@@ -80,8 +80,22 @@ def _nothing_found(root: Path, part: str, folders: list[Path]) -> str:
         return f"no data set at {root} (looked for {looked}): name --data-root; train.py --download fetches VOC"
     years = sorted(folder.name[3:] for folder in root.glob("VOC[0-9]*"))
     if years:
-        return f"split '{part}': {root} holds the years {', '.join(years)}; name one, as in {years[0]}:trainval"
-    return f"split '{part}': no folder {looked}; a devkit has VOC<year>/Annotations, other data has Annotations"
+        held, example = f"{root} holds the years {', '.join(years)}", f"{years[0]}:trainval"
+        return f"split '{part}': {held}; name one, as in {example}"
+    if (root / "Annotations").is_dir():
+        return (
+            f"split '{part}': {root} is one folder of VOC files without years: name its splits "
+            f"({_listed_splits(root)}) with --train-split and --split"
+        )
+    return (
+        f"split '{part}': no folder {looked}; a devkit has VOC<year>/Annotations, other data has "
+        "Annotations"
+    )
+
+
+def _listed_splits(folder: Path) -> str:
+    lists = (folder / "ImageSets" / "Main").glob("*.txt")
+    return ", ".join(sorted(path.stem for path in lists)) or "none"
 
 
 def _read_ids(folder: Path, subset: str) -> list[str]:
@@ -89,24 +103,31 @@ def _read_ids(folder: Path, subset: str) -> list[str]:
     try:
         lines = read_text(path).splitlines()
     except OSError:
-        known = ", ".join(sorted(other.stem for other in path.parent.glob("*.txt"))) or "none"
-        raise UserError(f"no split file {path}; there are: {known}") from None
-    ids = [
-        line.split()[0] for line in lines if line.strip()
-    ]  # a second column, if any, is a per-class flag
+        raise UserError(f"no split file {path}; there are: {_listed_splits(folder)}") from None
+    ids = [_image_id(folder, line.strip()) for line in lines if line.strip()]
     if not ids:
         raise UserError(f"{path} lists no images; name another split")
     return ids
 
 
+def _image_id(folder: Path, line: str) -> str:
+    """Return the image of a line, whose second column may be a flag of one class: -1, 0 or 1."""
+    image_id, flag = [*line.rsplit(maxsplit=1), ""][:2]
+    is_flag = flag in ("-1", "0", "1") and not (folder / "Annotations" / f"{line}.xml").exists()
+    return image_id if is_flag else line
+
+
 def parse_xml(path: Path) -> Element:
     """Return the root of an annotation file; raises `UserError`, naming the file, if it cannot be read."""
     try:
-        return parse(path).getroot()
+        root = parse(path).getroot()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ParseError, DefusedXmlException, ValueError) as error:
         raise UserError(f"{path}: is no valid XML ({error})") from None
+    for node in root.iter():
+        node.tag = node.tag.rpartition("}")[2]  # names mean the same in any namespace
+    return root
 
 
 def _read_xml(folder: Path, image_id: str) -> RawImage:

@@ -1,28 +1,35 @@
-"""Label files of lines `class cx cy width height` in shares of the image: YOLO folders, the CSV copy of VOC.
+"""Label files of lines `class cx cy width height` in shares of the image: YOLO folders, VOC as CSV.
 
-The CSV layout (as on Kaggle) has `images/`, `labels/` and one `<split>.csv` of lines `image,label`. A YOLO
-folder has `images/<split>` beside `labels/<split>`, or `<split>/images` beside `<split>/labels`; its class
-names stand in `data.yaml` or `classes.txt`: they say what the numbers mean, whatever order of classes the
-network has. An image without a label file has no objects. As viewers and
-annotation tools show images turned by their EXIF tag, boxes are read so, too.
+The CSV layout (as on Kaggle) has `images/`, `labels/` and one `<split>.csv` of lines `image,label`.
+A YOLO folder has `images/<split>` beside `labels/<split>`, `<split>/images` beside `<split>/labels`,
+or a list `<split>.txt` of images (CVAT, Darknet); labels may also lie beside their images, as
+labelImg writes them. Its class names stand in `data.yaml`, `classes.txt` or `obj.names`: they say
+what the numbers mean, whatever order of classes the network has. An image without a label file has
+no objects. As viewers and annotation tools show images turned by their EXIF tag, boxes are read so,
+too.
 """
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import yaml
-
+from yolo.data.archives import walk
+from yolo.data.class_names import read_class_names
 from yolo.data.dataset import (
-    IMAGE_SUFFIXES,
     DetectionDataset,
     RawImage,
     RawObject,
     assemble,
     header_size,
+    is_image,
+    notice,
 )
 from yolo.errors import UserError
 from yolo.files import read_text
+
+Pairs = dict[str, tuple[Path, Path]]  # image and label file by image id
+Remarks = defaultdict[str, list[str]]  # where something was not used as it stands, by what it was
 
 
 def read_csv_layout(
@@ -39,111 +46,179 @@ def read_csv_layout(
             f"split '{split}': no file {path}; there are: {_listed(root.glob('*.csv'))}"
         )
     rows = [[cell.strip() for cell in row] for row in csv.reader(read_text(path).splitlines())]
-    if rows and Path((rows[0] or [""])[0]).suffix.lower() not in IMAGE_SUFFIXES:  # a header
+    if rows and not is_image(Path((rows[0] or [""])[0])):  # a header
         rows[0] = []
-    files = {}
+    pairs: Pairs = {}
     for number, row in enumerate(rows, start=1):
         if any(row) and len(row) < 2:
             raise UserError(f"{path}, line {number}: '{row[0]}' is not `image,label`")
         if any(row):
-            files[row[0]] = root / "images" / row[0], root / "labels" / row[1]
-    return _assemble(f"CSV {path}", root, files, class_names, skip_bad)
+            pairs[row[0]] = root / "images" / row[0], root / "labels" / row[1]
+    return _assemble(f"CSV {path}", root, pairs, class_names, skip_bad, needs_labels=True)
 
 
 def read_yolo_folder(
     root: Path, split: str, class_names: Sequence[str] | None, skip_bad: bool = False
 ) -> DetectionDataset:
-    """Read the images of one split and the label files beside them.
+    """Read the images of one split, sub-folders too, and the label files that belong to them.
 
     Raises:
         UserError: naming what is missing, or the first defect.
     """
-    images, labels = root / "images" / split, root / "labels" / split
-    if not images.is_dir():
-        images, labels = root / split / "images", root / split / "labels"
-    if not images.is_dir():
+    places = [
+        (root / "images" / split, root / "labels" / split),
+        (root / split / "images", root / split / "labels"),
+    ]
+    found = next(((images, labels) for images, labels in places if images.is_dir()), None)
+    if found:
+        where, (pairs, notices) = f"YOLO folder {found[0]}", _pairs_of_folder(*found)
+    elif (listing := root / f"{split}.txt").is_file():
+        where, pairs, notices = f"YOLO list {listing}", _pairs_of_list(root, listing), []
+    else:
         raise UserError(
-            f"split '{split}': no folder {root / 'images' / split} or {images}; "
+            f"split '{split}': no folder {places[0][0]} or {places[1][0]}, and no list {listing}; "
             f"{root} holds: {_listed(root.glob('*'))}"
         )
-    found = sorted(path for path in images.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    files = {path.name: (path, labels / f"{path.stem}.txt") for path in found}
-    return _assemble(f"YOLO folder {images}", root, files, class_names, skip_bad)
+    if pairs and not any(labels.is_file() for _, labels in pairs.values()):
+        image, labels = next(iter(pairs.values()))
+        raise UserError(
+            f"{where}: none of the {len(pairs)} images has a label file (looked for {labels} and "
+            f"{image.with_suffix('.txt')}); lay the labels out as the images are"
+        )
+    dataset = _assemble(where, root, pairs, class_names, skip_bad)
+    dataset.notices += notices
+    return dataset
+
+
+def _pairs_of_folder(images: Path, labels: Path) -> tuple[Pairs, list[str]]:
+    """Return the pairs of a folder, and what lies there that belongs to none."""
+    files = list(walk(images))
+    label_files = [path for path in (*files, *walk(labels)) if path.suffix.lower() == ".txt"]
+    pairs = {
+        (inside := path.relative_to(images)).as_posix(): (
+            path,
+            _label_file(labels / inside.with_suffix(".txt"), path),
+        )
+        for path in sorted(files)
+        if is_image(path)
+    }
+    used = {label_file for _, label_file in pairs.values()}
+    spare = [path for path in label_files if path not in used and path.name != "classes.txt"]
+    unread = [path for path in files if not is_image(path) and path not in label_files]
+    return pairs, [
+        *notice("label files are of no image and left out", spare),
+        *notice("files are no images of a kind that can be read and left out", unread),
+    ]
+
+
+def _pairs_of_list(root: Path, listing: Path) -> Pairs:
+    """Return the pairs of a list of image paths, which may start above `root` or be absolute."""
+    pairs: Pairs = {}
+    for line in read_text(listing).splitlines():
+        parts = Path(line.strip()).parts
+        tails = [root.joinpath(*parts[start:]) for start in range(len(parts))]
+        if tails:
+            image = next((path for path in tails if path.is_file()), tails[0])
+            swapped = Path(*("labels" if part == "images" else part for part in image.parts))
+            pairs[line.strip()] = image, _label_file(swapped.with_suffix(".txt"), image)
+    return pairs
+
+
+def _label_file(usual: Path, image: Path) -> Path:
+    """Return the label file of an image: at its usual place, or else beside the image."""
+    beside = image.with_suffix(".txt")
+    return beside if beside.is_file() and not usual.is_file() else usual
 
 
 def _assemble(
     name: str,
     root: Path,
-    files: dict[str, tuple[Path, Path]],
+    pairs: Pairs,
     class_names: Sequence[str] | None,
     skip_bad: bool,
+    needs_labels: bool = False,
 ) -> DetectionDataset:
-    numbered = _names(root) or class_names
+    """Read all pairs; `needs_labels`: a label file that is missing is a defect, and no background."""
+    numbered, notices = _names(root, [labels.parent for _, labels in pairs.values()])
+    numbered = numbered or dict(enumerate(class_names or ()))
     if not numbered:
         raise UserError(
-            f"{root}: label files hold class numbers, and no data.yaml or classes.txt says their names: "
-            "add one, or name them with --classes (`--classes voc` for the Kaggle copy of VOC)"
+            f"{root}: label files hold class numbers, and no data.yaml, classes.txt or obj.names says "
+            "their names: add one, or name them with --classes (`--classes voc` for the Kaggle copy "
+            "of VOC)"
         )
-    return assemble(
-        name,
-        list(files),
-        lambda image_id: _read_labels(image_id, *files[image_id], numbered),
-        class_names or numbered,
-        skip_bad,
-        follow_exif=True,
+    remarks: Remarks = defaultdict(list)
+
+    def read(image_id: str) -> RawImage:
+        image, labels = pairs[image_id]
+        if needs_labels and image.is_file() and not labels.is_file():
+            raise UserError(f"{labels}: no such label file, but the CSV names it")
+        return _read_labels(image_id, image, labels, numbered, remarks)
+
+    dataset = assemble(
+        name, list(pairs), read, class_names or tuple(numbered.values()), skip_bad, follow_exif=True
     )
+    dataset.notices += notices
+    dataset.notices += [line for what, places in remarks.items() for line in notice(what, places)]
+    return dataset
 
 
-def _read_labels(image_id: str, image: Path, labels: Path, class_names: Sequence[str]) -> RawImage:
+def _read_labels(
+    image_id: str, image: Path, labels: Path, numbered: Mapping[int, str], remarks: Remarks
+) -> RawImage:
     height, width = header_size(image, follow_exif=True)
     lines = read_text(labels).splitlines() if labels.is_file() else []
-    objects = [
-        _object(line, f"{labels}, line {number}", height, width, class_names)
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
-    return RawImage(image_id, image, labels, height, width, objects)
+    if not labels.is_file():
+        remarks["images have no label file and count as background"].append(str(image))
+    objects: dict[RawObject, None] = {}  # in their order
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{labels}, line {number}"
+        thing = _object(line, where, height, width, numbered)
+        if len(line.split()) > 5:
+            remarks["lines are polygons and read as their boxes"].append(where)
+        if thing in objects:
+            remarks["label lines stand twice and count once"].append(where)
+        objects[thing] = None
+    return RawImage(image_id, image, labels, height, width, list(objects))
 
 
 def _object(
-    line: str, where: str, height: int, width: int, class_names: Sequence[str]
+    line: str, where: str, height: int, width: int, numbered: Mapping[int, str]
 ) -> RawObject:
+    """Read `class cx cy width height`, or the corners of a polygon: `class x y x y x y ...`."""
     try:
         number, *shares = (float(word) for word in line.split())
-        x, y, box_width, box_height = shares
         label = int(number)
     except (ValueError, OverflowError):
-        raise UserError(f"{where}: '{line.strip()}' is not `class cx cy width height`") from None
-    name = class_names[label] if 0 <= label < len(class_names) else f"class {label}"
-    box = (
-        (x - box_width / 2) * width,
-        (y - box_height / 2) * height,
-        (x + box_width / 2) * width,
-        (y + box_height / 2) * height,
+        label, number, shares = 0, 0.5, []
+    is_polygon = len(shares) >= 6 and len(shares) % 2 == 0
+    if label != number or not (len(shares) == 4 or is_polygon):
+        raise UserError(f"{where}: '{line.strip()}' is not `class cx cy width height`")
+    if is_polygon:
+        xs, ys = shares[::2], shares[1::2]
+        left, top, right, bottom = min(xs), min(ys), max(xs), max(ys)
+    else:
+        x, y, w, h = shares
+        left, top, right, bottom = x - w / 2, y - h / 2, x + w / 2, y + h / 2
+    box = (left * width, top * height, right * width, bottom * height)
+    return RawObject(numbered.get(label, f"class {label}"), box)
+
+
+def _names(root: Path, label_folders: Iterable[Path]) -> tuple[dict[int, str] | None, list[str]]:
+    """Return the class names that a data set brings along, by number, and which others it has."""
+    usual = ("data.yaml", "data.yml", "classes.txt", "obj.names", "labels/classes.txt")
+    beside = (folder / "classes.txt" for folder in dict.fromkeys(label_folders))
+    paths = dict.fromkeys(
+        path for path in (*(root / name for name in usual), *beside) if path.is_file()
     )
-    return RawObject(name, box)
-
-
-def _names(root: Path) -> list[str] | None:
-    """Return the class names that a data set brings along, in the order of their numbers; None without."""
-    for path in (root / "data.yaml", root / "data.yml"):
-        if path.is_file():
-            return _yaml_names(path)
-    for path in (root / "classes.txt", root / "labels" / "classes.txt"):
-        if path.is_file():
-            return [line.strip() for line in read_text(path).splitlines() if line.strip()]
-    return None
-
-
-def _yaml_names(path: Path) -> list[str]:
-    try:
-        names = yaml.safe_load(read_text(path))["names"]
-        return [
-            str(names[key])
-            for key in (sorted(names) if isinstance(names, dict) else range(len(names)))
-        ]
-    except (yaml.YAMLError, KeyError, TypeError):
-        raise UserError(f"{path}: has no readable `names:`") from None
+    if not paths:
+        return None, []
+    first, *others = paths
+    names = read_class_names(first)
+    unlike = [path for path in others if read_class_names(path) != names]
+    return names, notice(f"files name other classes than {first}, which counts", unlike)
 
 
 def _listed(paths: Iterable[Path]) -> str:

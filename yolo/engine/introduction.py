@@ -33,5 +33,7 @@ def introduction(fabric: Fabric, cfg: ResolvedConfig, task: Task, run: Run) -> s
         lines.append("hint         --mosaic-prob 0.5 to 0.75 is advised: no object in a mosaic is large")
     if cfg.anchors == "auto" and task.anchors is not None:
         lines += [f"anchors      {line}" for line in anchors_gained(task.train_set, cfg)]
-    lines += [f"skipped      {defect}" for data in (task.train_set, eval_set) for defect in data.skipped]
+    for data in (task.train_set, eval_set):
+        lines += [f"notice       {data.name}: {line}" for line in data.notices]
+        lines += [f"skipped      {defect}" for defect in data.skipped]
     return "\n".join(lines)

@@ -59,11 +59,13 @@ class Meter:
         if bad_loss or bad_weights:
             subject = "the loss has" if bad_loss else "the weights or batch statistics have"
             since = f" for {MAX_BAD_STEPS} steps" if bad_loss else ""
-            raise UserError(
-                f"{subject} not been finite{since} (now step {state.step}); the last good checkpoint is "
-                f"{self.run.last_checkpoint}: go on from it with a lower --max-lr (--resume auto --replan) "
-                "or with --precision 32-true"
+            go_on = (
+                f"the last good checkpoint is {self.run.last_checkpoint}: go on from it with a lower "
+                "--max-lr (--resume auto --replan) or with --precision 32-true"
+                if self.run.last_checkpoint
+                else "there is no checkpoint yet: start anew with a lower --max-lr or --precision 32-true"
             )
+            raise UserError(f"{subject} not been finite{since} (now step {state.step}); {go_on}")
         seconds = time.perf_counter() - self.start
         count = state.step - (state.step - 1) // self.cfg.log_every * self.cfg.log_every
         means = {name: value / count for name, value in zip(state.loss_sums, losses, strict=True)}

@@ -5,9 +5,9 @@ detections = Detector.load().detect("photo.jpg")
 """
 
 import csv
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, overload
 
@@ -260,10 +260,9 @@ def _draw_pictures(
 
 
 def _picture_names(paths: Sequence[Path]) -> list[str]:
-    """Return the files' names without suffix, numbered where several are the same."""
-    seen: Counter[str] = Counter()
-    names = []
+    """Return the files' names without suffix, numbered where one is taken already."""
+    names: dict[str, None] = {}  # in their order
     for path in paths:
-        seen[path.stem] += 1
-        names.append(path.stem if seen[path.stem] == 1 else f"{path.stem}-{seen[path.stem]}")
-    return names
+        numbered = (f"{path.stem}-{number}" for number in count(2))
+        names[next(name for name in chain([path.stem], numbered) if name not in names)] = None
+    return list(names)

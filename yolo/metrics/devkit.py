@@ -50,11 +50,17 @@ def write_detections(
             f"{dataset.image_ids[image]} {score:.9g} " + " ".join(f"{edge:.6f}" for edge in box)
             for image, score, box in zip(detections.images[rows], detections.scores[rows], boxes, strict=True)
         )
-        (folder / f"comp4_det_{split}_{name}.txt").write_text("".join(f"{line}\n" for line in lines))
+        path = folder / f"comp4_det_{split}_{_in_file_name(name)}.txt"
+        path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def _in_file_name(class_name: str) -> str:
+    """Return a class name as no folder can be read into it: `w/o mask` becomes `w%2Fo mask`."""
+    return class_name.replace("/", "%2F")
 
 
 def _label_of(path: Path, class_names: tuple[str, ...]) -> int:
-    matching = [name for name in class_names if path.stem.endswith(f"_{name}")]
+    matching = [name for name in class_names if path.stem.endswith(f"_{_in_file_name(name)}")]
     if not matching:
         known = ", ".join(class_names)
         raise UserError(f"{path}: is for a class that the data does not have (it has: {known})")

@@ -1,5 +1,6 @@
 """Figures: training curves, an evaluation drawn from what stands in `results.json`, and grids of pictures."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ STYLE: Any = {
     "axes.grid": True,
     "grid.color": "#e6e6e6",
     "legend.frameon": False,
+    "text.parse_math": False,  # a $ in a class name is a $
 }
 INK, GREY = "#333333", "#777777"
 BLUE, NAVY, ORANGE, GREEN, RED = "#2f6fbb", "#16365c", "#e07b39", "#3a9a5b", "#c8423b"
@@ -59,7 +61,8 @@ def evaluation_figures(results: Results) -> dict[str, np.ndarray]:
         "confusion_matrix": ("confusion_matrix", confusion_matrix),
         "reliability": ("calibration", reliability),
     }
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # names in a script that the font lacks show as boxes
         return {
             name: _pixels(draw(results))
             for name, (key, draw) in drawings.items()
