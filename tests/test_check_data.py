@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import cv2
 import pytest
@@ -18,7 +19,8 @@ def root(tiny_digits: Path, tmp_path: Path) -> Path:
 
 def report(root: Path, tmp_path: Path, **settings: object) -> tuple[str, int]:
     lines: list[str] = []
-    cfg = Config(dataset="digits", data_root=str(root), img_sizes=(64, 96), **settings)  # type: ignore[arg-type]
+    given: dict[str, Any] = {"dataset": "digits", "img_sizes": (64, 96), **settings}
+    cfg = Config(data_root=str(root), **given)
     defects = check_data(cfg, tmp_path / "run", lines.append)
     return "\n".join(lines), defects
 

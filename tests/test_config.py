@@ -188,6 +188,18 @@ def test_a_misspelled_flag_names_the_nearest_and_exits_2(capsys):
     assert "--img-sizes" in capsys.readouterr().err
 
 
+def test_a_killed_worker_is_one_line_with_the_remedy(monkeypatch, capsys):
+    def main(argv: object) -> int:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    assert end.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: DataLoader worker") and "--workers" in line and "--resume" in line
+
+
 def test_a_machine_without_libgl_is_told_what_to_install(monkeypatch, capsys):
     def main(argv: object) -> int:
         raise ImportError("libGL.so.1: cannot open shared object file")

@@ -1,4 +1,4 @@
-"""`--check-data`: a data set counted, checked and drawn before a machine is busy with it for hours."""
+"""`--check-data`: a data set counted, checked and drawn before hours are spent on it."""
 
 import hashlib
 import os
@@ -35,7 +35,7 @@ ASSIGN_BATCH = 64  # samples
 BAR = 40  # characters of the longest bar of a histogram
 # differing bits of 256: copies at another size or JPEG quality stay below, others far above
 SAME_PICTURE = 12
-# what libjpeg says of bytes lost in the middle; the image decodes all the same, in part grey or shifted
+# what libjpeg says of bytes lost in the middle; the image decodes all the same, in part grey
 CORRUPT = re.compile("Corrupt JPEG|Premature end of JPEG")
 SHOWN = 20  # duplicates listed; more are counted
 
@@ -49,7 +49,7 @@ class Look(NamedTuple):
 
 
 def check_data(cfg: Config, out_dir: Path, log: Callable[[str], None] = print) -> int:
-    """Print what is in the training and the test set and what is wrong with it; draw augmented samples.
+    """Print what is in the training and the test set and what is wrong; draw augmented samples.
 
     Writes `data_samples.png` and the same picture for TensorBoard, at step 0, into `out_dir`.
 
@@ -100,7 +100,7 @@ def check_data(cfg: Config, out_dir: Path, log: Callable[[str], None] = print) -
 
 
 def contact_sheet(dataset: DetectionDataset, cfg: Config) -> np.ndarray:
-    """Return sixteen augmented training samples with their boxes, as one RGB uint8 picture [H, W, 3]."""
+    """Return sixteen augmented training samples with their boxes: one picture [H, W, 3] RGB."""
     samples, collate = TrainSamples(dataset, cfg, cfg.seed), MosaicCollate(cfg, cfg.seed)
     order = np.random.default_rng(cfg.seed).permutation(len(dataset))
     pictures = []
@@ -218,12 +218,13 @@ def _boxes_and_images(dataset: DetectionDataset, label: int) -> str:
 
 
 def _anchors(shapes: Tensor, cfg: Config, clustered: Sequence[float] | None) -> str:
-    """Return a histogram of boxes of shapes [N, 2] by anchor, and what clustered anchors would gain."""
+    """Return a histogram of boxes [N, 2] by anchor, and what clustered anchors would gain."""
     anchors = anchor_sizes(cfg.anchors) or COCO_ANCHORS
     pairs = torch.tensor(anchors).reshape(-1, 2)
     counts = shape_iou(shapes[:, None], pairs).argmax(dim=1).bincount(minlength=len(pairs)).tolist()
     lines = [
-        f"{len(shapes)} boxes of training samples by best anchor, pixels of {ANCHOR_REFERENCE_SIZE}:"
+        f"{len(shapes)} boxes of training samples by best anchor, pixels of "
+        f"{ANCHOR_REFERENCE_SIZE}:"
     ]
     longest = max(1, *counts)
     for (width, height), count in zip(pairs.tolist(), counts, strict=True):
@@ -256,7 +257,8 @@ def _collisions(dataset: DetectionDataset, cfg: Config, anchors: Sequence[float]
             lines.append(f"{size} px: {total - taught.sum()} of {total} boxes lost")
         else:
             grids = [
-                f"{size // stride}x{size // stride}: {total - count} ({(total - count) / max(1, total):.1%})"
+                f"{size // stride}x{size // stride}: {total - count} "
+                f"({(total - count) / max(1, total):.1%})"
                 for stride, count in zip(STRIDES, taught, strict=True)
             ]
             lines.append(

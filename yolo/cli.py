@@ -20,11 +20,11 @@ from yolo.errors import UsageError, UserError
 from yolo.files import find, read_text
 
 Args = TypeVar("Args")
-# Not stored with a run: in a file they would hold for its first start and be forgotten by its resume.
+# Not stored with a run: in a file they would hold for its first start but not its resume.
 OF_ONE_START = frozenset({"config", "out_dir", "resume", "replan", "mirror", "max_time"})
 WORKER_LOST = (
-    "a worker that is killed mostly lacks memory: use fewer --workers or --cache none; a training goes "
-    "on with --resume auto"
+    "a worker that is killed mostly lacks memory: use fewer --workers or --cache none; a training "
+    "goes on with --resume auto"
 )
 WITHOUT_LIBGL = "pip install --force-reinstall --no-deps opencv-python-headless"
 
@@ -56,7 +56,7 @@ def command_line(argv: Sequence[str] | None) -> list[str]:
 
 
 def run(main: Callable[[Sequence[str] | None], int]) -> None:
-    """Run a script's `main` and exit with its code; errors of the user and the machine are one line."""
+    """Run a script's `main` and exit with its code; errors of user and machine are one line."""
     debug = "--debug" in sys.argv
     try:
         code = main(None)
@@ -106,7 +106,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def value_of(flag: str, argv: Sequence[str]) -> str | None:
-    """Return what the last `flag` of a command line says, before all of it is parsed; None without it."""
+    """Return what the last `flag` of a command line says, before it is parsed; None without."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(flag, "--" + flag[2:].replace("-", "_"), dest="value", nargs="?")
     return parser.parse_known_args(argv)[0].value
@@ -134,7 +134,7 @@ def _from_yaml(args_class: type[Args], path: Path) -> Args:
 
 
 def _as_type(kind: Any, value: Any) -> Any:
-    """Return a value of a YAML file as the type of its field; raise ValueError if it is no such value.
+    """Return a value of a YAML file as the type of its field, or raise ValueError.
 
     Numbers may be text (YAML reads `2e-3` as text), and text may be a number or a list.
     """

@@ -1,4 +1,4 @@
-"""The embedded data set: equal bytes for equal seeds, nothing shared by its splits, all or nothing."""
+"""The embedded data set: equal bytes for equal seeds, splits apart, all or nothing."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Downloads from a server on loopback: resume, digest, and archives that try to leave their folder."""
+"""Downloads from a server on loopback: resume, digest, archives that try to leave their folder."""
 
 import hashlib
 import io

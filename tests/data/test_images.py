@@ -1,4 +1,4 @@
-"""Decoding: every kind of image becomes RGB uint8 of the annotated size, or an error that names the file."""
+"""Decoding: every kind of image becomes RGB uint8 of the annotated size, or an error."""
 
 import struct
 from pathlib import Path
@@ -104,7 +104,7 @@ def test_boxes_of_the_stored_pixels_get_the_stored_pixels(picture: Image.Image, 
 def test_boxes_of_the_turned_image_get_it_turned(
     picture: Image.Image, tmp_path: Path, follow_exif: bool
 ):
-    """The annotation says 48x64: the tool has shown the image as its tag 6 says, a quarter turn clockwise."""
+    """The annotation says 48x64: the tool has turned the image as its tag 6 says, clockwise."""
     image = read_rgb(
         save(picture, tmp_path / "x.jpg", orientation=6), (64, 48), follow_exif=follow_exif
     )

@@ -4,6 +4,7 @@ import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -59,7 +60,8 @@ def _as_zip(root: Path, tmp_path: Path) -> Path:
 
 
 def _images(root: Path, **changes: object) -> DataConfig:
-    return DataConfig(task="classification", dataset="images", data_root=str(root), **changes)  # type: ignore[arg-type]
+    given: dict[str, Any] = {"task": "classification", "dataset": "images", **changes}
+    return DataConfig(data_root=str(root), **given)
 
 
 @pytest.mark.parametrize("pack", [_as_folder, _as_tar_xz, _as_zip])

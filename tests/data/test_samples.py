@@ -1,4 +1,4 @@
-"""The batches of training: equal whatever makes them, other in each epoch, with boxes on their objects."""
+"""The batches of training: equal whatever makes them, other in each epoch, boxes on objects."""
 
 import hashlib
 import math
@@ -308,7 +308,7 @@ def digit_shape(label: int) -> np.ndarray:
 
 
 class PaintedDigits(DetectionDataset):
-    """Scenes on black, each with a digit in a paint of its own: pixels say which object they are from."""
+    """Scenes on black, each digit in a paint of its own: pixels say which object they are."""
 
     def image(self, index: int, min_side: int | None = None) -> np.ndarray:
         note = self.annotations[index]

@@ -1,4 +1,4 @@
-"""VOC XML: what is read, in which order and coordinates, and one clear line for all that can be wrong."""
+"""VOC XML: what is read, in which order and coordinates, and one line for what can be wrong."""
 
 from pathlib import Path
 
@@ -20,7 +20,8 @@ def thing(name: str = "cat", box: tuple[float, ...] = (1, 2, 30, 40), difficult:
     corners = "".join(
         f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
     )
-    return f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox>{corners}</bndbox></object>"
+    flag = f"<difficult>{difficult}</difficult>"
+    return f"<object><name>{name}</name>{flag}<bndbox>{corners}</bndbox></object>"
 
 
 def write_image(
@@ -33,7 +34,8 @@ def write_image(
     cv2.imwrite(str(root / "JPEGImages" / f"{image_id}.jpg"), pixels)
     body = thing() if objects is None else objects
     (root / "Annotations" / f"{image_id}.xml").write_text(
-        f"<annotation><size><width>{size[1]}</width><height>{size[0]}</height></size>{body}</annotation>"
+        f"<annotation><size><width>{size[1]}</width><height>{size[0]}</height></size>"
+        f"{body}</annotation>"
     )
     with (root / "ImageSets" / "Main" / "train.txt").open("a") as file:
         file.write(f"{image_id}\n")

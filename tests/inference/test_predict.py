@@ -16,7 +16,7 @@ from yolo.config import Config
 from yolo.data.images import letterboxed
 from yolo.data.sources import open_dataset
 from yolo.errors import UsageError, UserError
-from yolo.inference.predict import Detector, predict_files
+from yolo.inference.predict import Detector, _picture_names, predict_files
 from yolo.models.resnet import ResNet
 from yolo.runs.checkpoint import LoadedWeights, resolve_checkpoint
 from yolo.tasks.detection import DetectionSplit
@@ -34,6 +34,11 @@ def loaded() -> LoadedWeights:
 @pytest.fixture(scope="module")
 def detector(loaded: LoadedWeights) -> Detector:
     return Detector(loaded)
+
+
+def test_pictures_of_one_name_are_written_side_by_side():
+    paths = [Path("a-2.png"), Path("a.jpg"), Path("a.png"), Path("b/a.png")]
+    assert _picture_names(paths) == ["a-2", "a", "a-3", "a-4"]
 
 
 def noise(height: int, width: int) -> np.ndarray:

@@ -37,6 +37,14 @@ def test_pixels_are_one_based_and_inclusive_in_the_files(tmp_path: Path) -> None
     assert read_detections(tmp_path, scenes).boxes.tolist() == [[0, 10, 20, 30]]
 
 
+def test_a_class_with_a_slash_in_its_name_is_written_and_read_again(tmp_path: Path) -> None:
+    _, scenes = scenes_of(0)
+    scenes.class_names = ("mask", "w/o mask")
+    one = np.zeros(1, np.int64)
+    write_detections(tmp_path, Detections(one, np.array([[0.0, 0, 9, 9]]), np.array([0.5]), one + 1), scenes)
+    assert read_detections(tmp_path, scenes).labels.tolist() == [1]
+
+
 def test_an_empty_or_absent_file_means_no_detections_of_that_class(tmp_path: Path) -> None:
     _, scenes = scenes_of(0)
     (tmp_path / "comp4_det_test_class0.txt").write_text("")

@@ -1,6 +1,7 @@
-"""Anchors for the boxes of a data set: k-means with IoU as the similarity (YOLOv2, arXiv 1612.08242).
+"""Anchors for the boxes of a data set: k-means by IoU, as in YOLOv2 (arXiv 1612.08242).
 
-The boxes are those of training samples as they reach the network, so that the mosaic's scaling counts.
+The boxes are those of training samples as they reach the network, so that the mosaic's scaling
+counts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ GOOD_OVERLAP = 0.5  # IoU with its best anchor from which a box counts as recall
 
 
 def cluster_anchors(dataset: DetectionDataset, cfg: Config) -> tuple[float, ...]:
-    """Return nine anchors as 18 numbers `w, h, w, h, ...`, small to large, in pixels of a 416 input.
+    """Return nine anchors, `w, h, w, h, ...`, small to large, in pixels of a 416 input.
 
     Raises:
         UserError: if the data set has fewer than nine boxes.
@@ -48,7 +49,7 @@ def clustered_anchors(shapes: Tensor) -> tuple[float, ...] | None:
 def training_boxes(
     dataset: DetectionDataset, cfg: Config, size: int = ANCHOR_REFERENCE_SIZE
 ) -> list[np.ndarray]:
-    """Return the boxes [M, 4] of each of an epoch's `size`-pixel samples, as they are before augmentation.
+    """Return the boxes [M, 4] of each of an epoch's `size`-pixel samples, before augmentation.
 
     Samples are planned and not decoded; of a large data set, `MAX_SAMPLES` are taken.
     """
@@ -97,19 +98,21 @@ def describe_anchors(shapes: Tensor, anchors: Sequence[float]) -> str:
     """Say how well anchors (`w, h, w, h, ...`) fit boxes of shapes [N, 2], in the same pixels."""
     overlap = shape_iou(shapes[:, None], torch.tensor(anchors).reshape(-1, 2)).amax(dim=1)
     recall = (overlap > GOOD_OVERLAP).float().mean()
-    return f"best possible recall {recall:.1%} at IoU {GOOD_OVERLAP}, mean best IoU {overlap.mean():.3f}"
+    mean = overlap.mean()
+    return f"best possible recall {recall:.1%} at IoU {GOOD_OVERLAP}, mean best IoU {mean:.3f}"
 
 
 def anchors_gained(dataset: DetectionDataset, cfg: Config) -> list[str]:
-    """Return two lines: how well the usual anchors fit the training boxes, and how well clustered ones do."""
+    """Return two lines: how well the usual and the clustered anchors fit the training boxes."""
     shapes = box_shapes(training_boxes(dataset, cfg))
     return compare_anchors(shapes, {"coco": COCO_ANCHORS, "auto": clustered_anchors(shapes)})
 
 
 def compare_anchors(shapes: Tensor, anchors: Mapping[str, Sequence[float] | None]) -> list[str]:
-    """Return a line for each set of anchors there is: how well it fits boxes [N, 2], and its numbers."""
+    """Return a line for each set of anchors: how well it fits boxes [N, 2], and its numbers."""
     return [
-        f"--anchors {name}: {describe_anchors(shapes, sizes)} ({','.join(f'{size:g}' for size in sizes)})"
+        f"--anchors {name}: {describe_anchors(shapes, sizes)} "
+        f"({','.join(f'{size:g}' for size in sizes)})"
         for name, sizes in anchors.items()
         if sizes
     ]

@@ -16,12 +16,12 @@ Members = Iterator[tuple[PurePosixPath, bytes]]
 
 
 def is_hidden(path: PurePath) -> bool:
-    """Return whether a program keeps its own files there, as in `.ipynb_checkpoints` or `__MACOSX`."""
+    """Return whether a program keeps its own files there: `.ipynb_checkpoints`, `__MACOSX`."""
     return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 
 def walk(root: Path) -> Iterator[Path]:
-    """Yield the files below a folder, sorted folder by folder, but no hidden ones; follows links."""
+    """Yield the files below a folder, sorted by folder, but no hidden ones; follows links."""
     for folder, folders, names in os.walk(root, followlinks=True):
         here = Path(folder)
         folders[:] = sorted(

@@ -1,7 +1,7 @@
 """Decoded images in memory that all worker processes share, however these are started.
 
-Images are kept at the largest size that a batch shows them whole; a mosaic then reads them instead of their
-files, and enlarges those that are much longer than wide.
+Images are kept at the largest size that a batch shows them whole; a mosaic then reads them instead
+of their files, and enlarges those that are much longer than wide.
 """
 
 import os
@@ -60,7 +60,8 @@ def cache_images(
         progress: Show a progress bar.
 
     Raises:
-        UserError: before anything is decoded, when the images will not fit; or for an image that is broken.
+        UserError: before anything is decoded, when the images will not fit; or for an image that is
+            broken.
     """
     shapes = np.array([_cached_shape(dataset.annotation(i), max_side) for i in range(len(dataset))])
     _refuse_if_too_large(dataset, int(shapes.prod(axis=1).sum()) * 3, max_side, copies)
@@ -86,7 +87,7 @@ def cache_images(
 
 
 def free_memory() -> int:
-    """Return the bytes that can still be filled and shared: of the machine, its container and /dev/shm."""
+    """Return the bytes that the machine, its container and /dev/shm can still fill and share."""
     limits = [_machine_memory(), *_container_memory()]
     if Path(
         "/dev/shm"
@@ -106,9 +107,9 @@ def _refuse_if_too_large(dataset: DetectionDataset, need: int, max_side: int, co
         return
     each = f" in each of {copies} processes" if copies > 1 else ""
     raise UserError(
-        f"--cache ram: the {len(dataset)} images of {dataset.name} need {need / 1e9:.1f} GB at {max_side} "
-        f"pixels{each}, but {free * MEMORY_SHARE / 1e9:.1f} GB are to spare (memory, container, /dev/shm): "
-        "use --cache none"
+        f"--cache ram: the {len(dataset)} images of {dataset.name} need {need / 1e9:.1f} GB at "
+        f"{max_side} pixels{each}, but {free * MEMORY_SHARE / 1e9:.1f} GB are to spare (memory, "
+        "container, /dev/shm): use --cache none"
     )
 
 

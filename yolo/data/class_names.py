@@ -1,4 +1,4 @@
-"""The one reader of class names: `--classes`, `data.yaml`, or a text file with a name on each line."""
+"""The one reader of class names: `--classes`, `data.yaml`, or a file of a name on each line."""
 
 import os
 from collections.abc import Iterable
@@ -39,8 +39,8 @@ def read_class_names(path: Path) -> dict[int, str]:
     """Return the class names of a file by their numbers.
 
     Args:
-        path: A YAML file with `names:` (a list, a mapping from numbers, or text with commas; `nc`, if
-            given, must agree), or a text file whose line 1 names class 0.
+        path: A YAML file with `names:` (a list, a mapping from numbers, or text with commas; `nc`,
+            if given, must agree), or a text file whose line 1 names class 0.
 
     Raises:
         UserError: naming the file and what is wrong in it.
@@ -68,8 +68,8 @@ def _yaml_names(path: Path, text: str) -> dict[int, str]:
         raise UserError(f"{path}: has no readable `names:` ({why})") from None
     if count not in (len(found), max(found) + 1):
         raise UserError(
-            f"{path}: says nc: {count}, but its `names:` go up to class {max(found)}, {found[max(found)]}; "
-            "a forgotten name shifts all that follow: correct one of them"
+            f"{path}: says nc: {count}, but its `names:` go up to class {max(found)}, "
+            f"{found[max(found)]}; a forgotten name shifts all that follow: correct one of them"
         )
     return found
 

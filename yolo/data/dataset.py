@@ -1,7 +1,7 @@
 """The detection data set that every source becomes, and the one place where its defects are found.
 
-A source (`voc`, `csv`, `yolo`, `digits`) only says what its files contain, as `RawImage`; `assemble` checks
-headers, boxes and class names, and `read_rgb` decodes pixels.
+A source (`voc`, `csv`, `yolo`, `digits`) only says what its files contain, as `RawImage`;
+`assemble` checks headers, boxes and class names, and `read_rgb` decodes pixels.
 """
 
 import glob
@@ -41,7 +41,7 @@ _DECODE_FLAGS = {
     8: cv2.IMREAD_REDUCED_COLOR_8,
 }
 
-# What is broken or too large is one clear line of ours, and not several of OpenCV's and Pillow's as well.
+# What is broken or too large is one clear line of ours, not several of OpenCV's and Pillow's.
 (cv2.utils.logging if hasattr(cv2.utils, "logging") else cv2).setLogLevel(
     0
 )  # before OpenCV 5 it was in cv2
@@ -59,7 +59,7 @@ class Annotation(NamedTuple):
 
 
 class RawObject(NamedTuple):
-    """One object as its file states it, converted to 0-based exclusive pixels but not yet checked."""
+    """One object as its file states it, in 0-based exclusive pixels but not yet checked."""
 
     name: str
     box: tuple[float, float, float, float]
@@ -109,9 +109,9 @@ class DetectionDataset:
 
         Args:
             index: Position in `image_ids`.
-            min_side: Longest side that the caller needs, in pixels. A JPEG may then be decoded at a half, a
-                quarter or an eighth of its size, which costs less; a cached image may be smaller than the
-                original, too.
+            min_side: Longest side that the caller needs, in pixels. A JPEG may then be decoded at a
+                half, a quarter or an eighth of its size, which costs less; a cached image may be
+                smaller than the original, too.
 
         Returns:
             [H, W, 3] uint8 RGB. A pixel of it is `annotation.width / W` original pixels wide.
@@ -143,7 +143,7 @@ class NothingUsableError(UserError):
 
 
 class Defects:
-    """Collects what is wrong with a data set: in the end an error, or with `skip` what was left out."""
+    """Collects what is wrong with a data set: in the end an error, or what `skip` left out."""
 
     def __init__(self, skip: bool) -> None:
         self.skip = skip
@@ -172,7 +172,7 @@ class Defects:
 
 
 def notice(what: str, things: Sequence[object]) -> list[str]:
-    """Return the line that says how many things there are, and which is the first; none without any."""
+    """Return the line that says how many things there are and which is the first, if any."""
     return [f"{len(things)} {what}; the first: {things[0]}"] if things else []
 
 
@@ -210,7 +210,7 @@ def assemble(
         raise UserError(f"{name}: holds no images; check the split and --data-root")
     if not class_names:
         raise UserError(
-            f"{name}: no image has a box, so there are no classes to learn; name them with --classes"
+            f"{name}: no image has a box, so there are no classes to learn; --classes names them"
         )
     return DetectionDataset(
         name=name,
@@ -260,8 +260,9 @@ def read_rgb(
         path: Image file.
         size: (height, width) as annotated, if known.
         min_side: See `DetectionDataset.image`; needs `size`.
-        follow_exif: Turn the image as its EXIF tag says. VOC's boxes were drawn on the pixels as stored; but
-            where its annotation has the sides of the stored image exchanged, the tag is followed after all.
+        follow_exif: Turn the image as its EXIF tag says. VOC's boxes were drawn on the pixels as
+            stored; but where its annotation has the sides of the stored image exchanged, the tag is
+            followed after all.
 
     Returns:
         [H, W, 3] uint8 RGB.
@@ -322,7 +323,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def find_image(folder: Path, stem: str) -> Path:
-    """Return the image file `stem` in `folder`, whatever its suffix; the JPEG name if there is none."""
+    """Return the image `stem` in `folder`, whatever its suffix; its JPEG name if there is none."""
     for suffix in IMAGE_SUFFIXES:
         for candidate in (folder / f"{stem}{suffix}", folder / f"{stem}{suffix.upper()}"):
             if candidate.exists():
@@ -340,7 +341,7 @@ def is_image(path: PurePath) -> bool:
 def decode_rgb(
     path: PurePath, encoded: np.ndarray, shrink: int = 1, follow_exif: bool = True
 ) -> np.ndarray:
-    """Decode the bytes [N] of an image file to uint8 RGB [H, W, 3], `shrink` (1, 2, 4, 8) times smaller.
+    """Decode an image file's bytes [N] to uint8 RGB [H, W, 3], 1, 2, 4 or 8 times smaller.
 
     Raises:
         UserError: naming `path`.
@@ -358,7 +359,7 @@ def decode_rgb(
 
 
 def _shrink(size: tuple[int, int], min_side: int | None) -> int:
-    """Return the JPEG decoder's largest reduction (1, 2, 4, 8) that leaves the longest side `min_side`."""
+    """Return the decoder's largest reduction (1, 2, 4, 8) that leaves a side of `min_side`."""
     if min_side is None:
         return 1
     return max(shrink for shrink in _DECODE_FLAGS if shrink == 1 or max(size) >= shrink * min_side)
@@ -389,17 +390,18 @@ def _check_header(image: RawImage) -> None:
     annotated = (image.height, image.width)
     if stored != annotated and header_size(image.image, follow_exif=True) != annotated:
         raise UserError(
-            f"{image.source}: says {image.width}x{image.height}, but {image.image} is {stored[1]}x{stored[0]}"
+            f"{image.source}: says {image.width}x{image.height}, but {image.image} is "
+            f"{stored[1]}x{stored[0]}"
         )
     if image.height * image.width > MAX_PIXELS:
         raise UserError(
-            f"{image.image}: {image.width}x{image.height} is over {MAX_PIXELS // 10**6} million pixels; "
-            "scale the image and its boxes down"
+            f"{image.image}: {image.width}x{image.height} is over {MAX_PIXELS // 10**6} million "
+            "pixels; scale the image and its boxes down"
         )
 
 
 def _check_end(path: Path) -> None:
-    """Decode an image that does not end as its kind does: now, and not in the middle of an epoch."""
+    """Decode an image that does not end as its kind does: now, and not amid an epoch."""
     with path.open("rb") as file:
         start = file.read(2)
         file.seek(max(0, path.stat().st_size - 64))

@@ -1,8 +1,8 @@
-"""The embedded detection data set: scikit-learn's real handwritten digits on crops of its two photographs.
+"""The embedded detection data set: scikit-learn's handwritten digits on its two photographs.
 
-Made on first use, in the layout of PASCAL VOC, without a network. Training and test scenes share neither a
-digit instance nor a region of a photograph: a fifth of each class's instances, and the right third of each
-photograph, are kept for the test.
+Made on first use, in the layout of PASCAL VOC, without a network. Training and test scenes share
+neither a digit instance nor a region of a photograph: a fifth of each class's instances, and the
+right third of each photograph, are kept for the test.
 """
 
 import os
@@ -49,8 +49,9 @@ class Scene:
 def ensure_digits(root: Path, seed: int = 0, progress: bool = True) -> Path:
     """Generate the data set in `root` unless it is there already.
 
-    The folder appears under its name only when it is complete, so that a kill halfway leaves nothing to
-    mistake for it; of several processes that start together, one wins and the others use its result.
+    The folder appears under its name only when it is complete, so that a kill halfway leaves
+    nothing to mistake for it; of several processes that start together, one wins and the others use
+    its result.
 
     Returns:
         `root`: one VOC-XML folder with the splits `train` and `test`.
@@ -75,7 +76,7 @@ def ensure_digits(root: Path, seed: int = 0, progress: bool = True) -> Path:
 def write_digits(
     root: Path, seed: int = 0, num_scenes: dict[str, int] | None = None, progress: bool = False
 ) -> None:
-    """Write all scenes of both splits into the empty folder `root`; equal seeds give equal bytes."""
+    """Write all scenes of both splits into the empty `root`; equal seeds give equal bytes."""
     for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (root / folder).mkdir(parents=True)
     for split, count in (num_scenes or NUM_SCENES).items():
@@ -128,7 +129,7 @@ def make_scene(material: Material, rng: np.random.Generator) -> Scene:
 def _background(
     photos: list[np.ndarray], height: int, width: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Return a random crop of a random photograph, mirrored half of the time, resized to the scene."""
+    """Return a random crop of a random photograph, often mirrored, resized to the scene."""
     photo = photos[rng.integers(len(photos))]
     largest = min(photo.shape[0] / height, photo.shape[1] / width)
     zoom = rng.uniform(0.5, 1.0) * largest
@@ -141,7 +142,7 @@ def _background(
 
 
 def _enlarge(digit: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Scale a digit's ink [8, 8] up, and cut it to the pixels that show, so that its shape is its box."""
+    """Scale a digit's ink [8, 8] up, and cut it to what shows: its shape is its box."""
     side = round(8 * float(np.exp(rng.uniform(*np.log(DIGIT_SCALES)))))
     ink = np.clip(cv2.resize(digit, (side, side), interpolation=cv2.INTER_CUBIC), 0, 1)
     rows, columns = np.flatnonzero(ink.max(axis=1) > 0.2), np.flatnonzero(ink.max(axis=0) > 0.2)
@@ -194,7 +195,8 @@ def _write_scene(root: Path, image_id: str, scene: Scene) -> None:
     )
     height, width = scene.image.shape[:2]
     (root / "Annotations" / f"{image_id}.xml").write_text(
-        f"<annotation><filename>{path.name}</filename><size><width>{width}</width><height>{height}</height>"
+        f"<annotation><filename>{path.name}</filename>"
+        f"<size><width>{width}</width><height>{height}</height>"
         f"<depth>3</depth></size>{objects}</annotation>\n"
     )
 

@@ -1,4 +1,4 @@
-"""Fetches PASCAL VOC's official tar files: resumes a broken download, checks the digest, unpacks safely."""
+"""Fetches PASCAL VOC's official tar files: resumes, checks the digest, unpacks safely."""
 
 import contextlib
 import hashlib
@@ -52,10 +52,10 @@ VOC_ARCHIVES = {
 
 
 def ensure_voc(root: Path, split: str) -> None:
-    """Fetch and unpack what `split` needs into the devkit folder `root`, unless it is there already.
+    """Fetch and unpack what `split` needs into the devkit folder `root`, unless it is there.
 
-    An archive is deleted once it is unpacked; so one that still lies there marks an unpacking that was cut
-    short.
+    An archive is deleted once it is unpacked; so one that still lies there marks an unpacking that
+    was cut short.
 
     Args:
         root: The devkit folder, made when missing.
@@ -83,10 +83,11 @@ def ensure_voc(root: Path, split: str) -> None:
 
 
 def download(url: str, target: Path, md5: str) -> None:
-    """Fetch `url` to `target`, going on where an earlier attempt broke off, unless it is there complete.
+    """Fetch `url` to `target` from where an earlier attempt broke off, unless it is complete.
 
     Raises:
-        UserError: if the server cannot be reached, breaks off, or sends something of another digest.
+        UserError: if the server cannot be reached, breaks off, or sends something of another
+            digest.
     """
     if target.exists() and _md5(target) == md5:
         return
@@ -110,8 +111,8 @@ def unpack(archive: Path, root: Path) -> None:
     """Unpack the files under `VOCdevkit/` of a tar file into `root`.
 
     Raises:
-        UserError: for a member that would land outside `root`, a link to there, a device; or a damaged
-            archive.
+        UserError: for a member that would land outside `root`, a link to there, a device; or a
+            damaged archive.
     """
 
     def strip_devkit(member: tarfile.TarInfo, destination: str) -> tarfile.TarInfo | None:

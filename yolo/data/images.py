@@ -15,7 +15,7 @@ from yolo.files import find
 
 
 def list_pictures(pattern: str) -> list[Path]:
-    """Return the image files that a path, a folder (without its subfolders) or a glob names, sorted.
+    """Return the images that a path, a folder (without subfolders) or a glob names, sorted.
 
     Raises:
         UsageError: if there are none.
@@ -54,7 +54,8 @@ def letterboxed(source: str | Path | np.ndarray, size: int) -> Letterboxed:
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
             raise UserError(
-                f"an array {list(source.shape)} of {source.dtype} is no picture: want [H, W, 3] uint8 RGB"
+                f"an array {list(source.shape)} of {source.dtype} is no picture: want [H, W, 3] "
+                "uint8 RGB"
             )
         image, (height, width) = source, source.shape[:2]
     else:
@@ -67,7 +68,7 @@ def letterboxed(source: str | Path | np.ndarray, size: int) -> Letterboxed:
 
 
 def _jpeg_size(path: Path) -> tuple[int, int] | None:
-    """Return (height, width) of a JPEG, the only kind that is decoded at a reduced size; else None."""
+    """Return (height, width) of a JPEG, the only kind decoded at a reduced size; else None."""
     try:
         with path.open("rb") as file:
             is_jpeg = file.read(2) == JPEG_START

@@ -1,7 +1,7 @@
-"""Small labelled images in memory: CIFAR-10's binary version, a folder per class, and scikit-learn's digits.
+"""Small labelled images in memory: CIFAR-10 (binary), a folder per class, scikit-learn's digits.
 
-All three end as one uint8 array [N, 32, 32, 3]: 50,000 images are 154 MB, which forked workers share.
-Binary format: https://www.cs.toronto.edu/~kriz/cifar.html (Krizhevsky 2009).
+All three end as one uint8 array [N, 32, 32, 3]: 50,000 images are 154 MB, which forked workers
+share. Binary format: https://www.cs.toronto.edu/~kriz/cifar.html (Krizhevsky 2009).
 """
 
 import hashlib
@@ -87,7 +87,7 @@ class _Split(NamedTuple):
 
 
 def open_datasets(cfg: DataConfig) -> tuple[ImageDataset, ImageDataset]:
-    """Open the training and the test split in one pass over the data; both have the training split's classes.
+    """Open the training and the test split in one pass; both have the training split's classes.
 
     Raises:
         UserError: for missing, damaged or empty data.
@@ -139,7 +139,7 @@ def _label(cfg: DataConfig, split: str, raw: _Split, class_names: tuple[str, ...
 
 
 def _read_digits(splits: Sequence[str]) -> dict[str, _Split]:
-    """Enlarge scikit-learn's 1,797 digits of 8 x 8; the last fifth, by other writers, is the test split."""
+    """Enlarge scikit-learn's 1,797 digits of 8 x 8; the last fifth, by others, is the test."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -179,7 +179,7 @@ def _read_binary(cfg: DataConfig, splits: Sequence[str]) -> dict[str, _Split]:
 
 
 def _binary_source(root: Path, download: bool) -> Path:
-    """Return the folder or the archive with the batches; one of the official name must have its MD5."""
+    """Return the folder or archive of the batches; one of the official name must have its MD5."""
     from torchvision.datasets.utils import check_integrity, download_url
 
     archive = root if root.is_file() else root / Path(CIFAR10_URL).name

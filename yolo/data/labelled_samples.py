@@ -54,7 +54,7 @@ class EvalImages(Dataset[Sample]):
 
 
 def make_augment(cfg: AugmentConfig, mean_color: np.ndarray) -> A.Compose:
-    """Build crop after padding, mirror image, and one hole filled with `mean_color` [3] (RGB, 0-255)."""
+    """Build crop after padding, mirror image, and a hole of `mean_color` [3] (RGB, 0-255)."""
     side = IMAGE_SIZE + 2 * CROP_PADDING
     crop = A.Sequential(
         [
@@ -74,6 +74,6 @@ def make_augment(cfg: AugmentConfig, mean_color: np.ndarray) -> A.Compose:
 
 
 def collate_images(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-    """Stack samples into uint8 images [B, 3, 32, 32] (channels_last in memory) and int64 labels [B]."""
+    """Stack samples: uint8 images [B, 3, 32, 32], channels last in memory; int64 labels [B]."""
     images = torch.from_numpy(np.stack([image for image, _ in samples])).permute(0, 3, 1, 2)
     return images, torch.tensor([label for _, label in samples])

@@ -1,8 +1,9 @@
-"""Where images go on a square canvas: alone in a letterbox, or as one of the four tiles of a mosaic.
+"""Where images go on a square canvas: alone in a letterbox, or as a tile of a mosaic.
 
-The mosaic follows the idea of YOLOv4 (https://arxiv.org/abs/2004.10934, section 3.3): four images around a
-random centre. Here each image fills its tile, at a scale between the smallest that does and that of its
-letterbox, so that objects keep about the size they have in a test; a window is chosen that cuts few objects.
+The mosaic follows the idea of YOLOv4 (https://arxiv.org/abs/2004.10934, section 3.3): four images
+around a random centre. Here each image fills its tile, at a scale between the smallest that does
+and that of its letterbox, so that objects keep about the size they have in a test; a window is
+chosen that cuts few objects.
 """
 
 from collections.abc import Sequence
@@ -56,7 +57,7 @@ def mosaic_tiles(
 
 
 def place_boxes(tile: Tile, note: Annotation, min_share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Move an image's boxes to the canvas, clip them to the tile, and drop those with too little left.
+    """Move an image's boxes to the canvas, clip them to the tile, drop what is cut too far.
 
     Returns:
         boxes [K, 4] float32 in canvas pixels, and their positions [K] in the annotation.
@@ -109,7 +110,7 @@ def letterboxed_canvas(image: np.ndarray, note: Annotation, size: int) -> Canvas
 def _window(
     note: Annotation, region: tuple[int, int, int, int], size: int, rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """Choose which part of an image to show: of a few random windows, the one that cuts objects least."""
+    """Choose what part of an image to show: of random windows, the one that cuts least."""
     tile_width, tile_height = region[2] - region[0], region[3] - region[1]
     cover = max(tile_width / note.width, tile_height / note.height)
     scale = rng.uniform(cover, max(cover, size / max(note.height, note.width)))
@@ -123,7 +124,7 @@ def _window(
 
 
 def _integrity(windows: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Score windows [N, 4] by their boxes [M, 4]: +1 for a whole one down to -1 for a sliver, 0 for none."""
+    """Score windows [N, 4] by boxes [M, 4]: +1 for each whole one down to -1 for a sliver."""
     sides = np.minimum(windows[:, None, 2:], boxes[:, 2:]) - np.maximum(
         windows[:, None, :2], boxes[:, :2]
     )
@@ -147,6 +148,6 @@ def _paint(canvas: np.ndarray, tile: Tile, image: np.ndarray, note: Annotation) 
 
 
 def _pixels(start: int, stop: int, factor: float, length: int) -> tuple[int, int]:
-    """Convert a range of original pixels to one of at least a pixel in an image scaled by `factor`."""
+    """Convert a range of pixels to one of at least a pixel in an image scaled by `factor`."""
     first = min(round(start * factor), length - 1)
     return first, min(max(first + 1, round(stop * factor)), length)

@@ -1,8 +1,8 @@
-"""Which sample comes when, and at which size: a batch sampler that can start at any batch of any epoch.
+"""Which sample comes when, and at which size: a batch sampler that starts at any batch.
 
-Nothing here is remembered from batch to batch. The order follows from (seed, epoch), the size from (seed,
-step) and everything inside a sample from (seed, epoch, sample index); so batches are equal for any number of
-workers and ranks.
+Nothing here is remembered from batch to batch. The order follows from (seed, epoch), the size from
+(seed, step) and everything inside a sample from (seed, epoch, sample index); so batches are equal
+for any number of workers and ranks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,21 +18,22 @@ class SampleKey:
     """What a training data set needs to know to make one sample."""
 
     epoch: int
-    index: int  # modulo the size of the data set; beyond it, a repeat of the sample with other augmentations
+    index: int  # modulo the size of the data set; beyond it, a repeat with other augmentations
     img_size: int
     passed: float = 0.0  # share of the epoch before this sample's step, in [0, 1)
 
 
 class MultiSizeBatchSampler(Sampler[list[SampleKey]]):
-    """Yields this rank's micro-batches; those of one optimizer step share one image size, on all ranks.
+    """Yields this rank's micro-batches; those of a step share one image size, on all ranks.
 
-    For each optimizer step it yields `grad_accum_steps` lists of `batch_size / world_size / grad_accum_steps`
-    keys. An epoch leaves out the samples that do not fill a batch (others each time); a data set smaller than
-    a batch is repeated to fill one.
+    For each optimizer step it yields `grad_accum_steps` lists of `batch_size / world_size /
+    grad_accum_steps` keys. An epoch leaves out the samples that do not fill a batch (others each
+    time); a data set smaller than a batch is repeated to fill one.
 
     Args:
         num_samples: Size of the data set.
-        batch_size: Global batch of one optimizer step; `world_size * grad_accum_steps` must divide it.
+        batch_size: Global batch of one optimizer step; `world_size * grad_accum_steps` must divide
+            it.
         img_sizes: Sizes to draw from, in pixels.
         seed: Seed of the run.
         rank: This process.
@@ -97,7 +98,7 @@ class MultiSizeBatchSampler(Sampler[list[SampleKey]]):
         ]
 
     def _order(self, epoch: int) -> np.ndarray:
-        """Return an epoch's permutation, repeated with new indices where it would not fill a batch."""
+        """Return an epoch's permutation, repeated with new indices if it does not fill a batch."""
         order = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
         repeats = -(-self.batch_size // self.num_samples)
         return np.concatenate([order + repeat * self.num_samples for repeat in range(repeats)])

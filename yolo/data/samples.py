@@ -1,7 +1,7 @@
-"""From sample keys to batches: decoding in `TrainSamples` and `EvalSamples`, composing in the collates.
+"""From sample keys to batches: `TrainSamples` and `EvalSamples` decode, the collates compose.
 
-Both run in the worker processes. Batches are uint8 [B, 3, S, S] in channels-last memory: images stay as
-decoded, and the network wants them so.
+Both run in the worker processes. Batches are uint8 [B, 3, S, S] in channels-last memory: images
+stay as decoded, and the network wants them so.
 """
 
 import math
@@ -60,7 +60,7 @@ class TrainSamples(Dataset[TrainSample]):
         return len(self.dataset)
 
     def __getitem__(self, key: SampleKey) -> TrainSample:
-        """Return the decoded sample; with `skip_bad`, one with a broken image gives way to another plan.
+        """Return the decoded sample; with `skip_bad`, a broken image gives way to another plan.
 
         Raises:
             UserError: naming the file that cannot be decoded.
@@ -75,7 +75,7 @@ class TrainSamples(Dataset[TrainSample]):
         raise AssertionError("unreachable")
 
     def plan(self, key: SampleKey, attempt: int = 0) -> list[Tile]:
-        """Return where the sample's images go: one letterboxed image, or the four tiles of a mosaic."""
+        """Return where the sample's images go: one in a letterbox, or four tiles of a mosaic."""
         rng = np.random.default_rng([self.seed, key.epoch, key.index, attempt, PLAN])
         index = (key.index + attempt) % len(self.dataset)
         if key.epoch + key.passed >= self.mosaic_epochs or rng.random() >= self.mosaic_prob:
@@ -116,7 +116,7 @@ class MosaicCollate:
         self.seed = seed
 
     def __call__(self, samples: Sequence[TrainSample]) -> tuple[Tensor, list[Target]]:
-        """Return images uint8 [B, 3, S, S] and their targets, boxes in pixels of the network input."""
+        """Return images uint8 [B, 3, S, S] and targets, boxes in pixels of the network input."""
         canvases = [self.compose(sample) for sample in samples]
         return _stack([canvas.image for canvas in canvases]), Targets(
             _target(canvas) for canvas in canvases
@@ -168,7 +168,7 @@ def plain_collate(samples: Sequence[tuple[np.ndarray, Target]]) -> tuple[Tensor,
 
 
 class Targets(list[Target]):
-    """The targets of a batch. From a worker they come as arrays: each tensor would need a file descriptor."""
+    """A batch's targets. From a worker they come as arrays: a tensor needs a file descriptor."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Tell pickle how to rebuild them."""
@@ -189,11 +189,11 @@ class Targets(list[Target]):
 def init_worker(worker_id: int) -> None:
     """Keep OpenCV to one thread in a worker process, and the signals that stop a run away from it.
 
-    Ctrl-C and torchrun signal the whole process group. The step that is running still needs its workers, so
-    they leave the group; they end with the process that they serve.
+    Ctrl-C and torchrun signal the whole process group. The step that is running still needs its
+    workers, so they leave the group; they end with the process that they serve.
 
-    Batches are handed over by the name of their shared memory. Handed over as a file descriptor, each waits
-    until a thread of this busy process has answered four messages.
+    Batches are handed over by the name of their shared memory. Handed over as a file descriptor,
+    each waits until a thread of this busy process has answered four messages.
     """
     cv2.setNumThreads(0)
     torch.multiprocessing.set_sharing_strategy("file_system")

@@ -1,4 +1,4 @@
-"""The augmentations of a training canvas, by albumentations, with the random stream of the sample."""
+"""The augmentations of a training canvas, by albumentations, with the sample's random stream."""
 
 import math
 import os
@@ -29,10 +29,10 @@ class Canvas(NamedTuple):
 
 
 def cut_threshold(min_visible: float) -> float:
-    """Return the share that each of two cuts must leave of a box, so that both leave `min_visible` of it.
+    """Return the share of a box that each of two cuts must leave, so that both leave `min_visible`.
 
-    In a mosaic a box is cut at most twice: at the edge of its tile, and at the edge of the canvas by the
-    affine transform.
+    In a mosaic a box is cut at most twice: at the edge of its tile, and at the edge of the canvas
+    by the affine transform.
     """
     return math.sqrt(min_visible)
 
@@ -40,8 +40,8 @@ def cut_threshold(min_visible: float) -> float:
 def build_transforms(cfg: AugmentConfig, mosaic: bool) -> A.Compose:
     """Return the augmentations of a canvas that holds one letterboxed image, or a mosaic.
 
-    A mosaic is only enlarged: its tiles are already smaller than the images will be in a test, and shrinking
-    it would leave a grey frame.
+    A mosaic is only enlarged: its tiles are already smaller than the images will be in a test, and
+    shrinking it would leave a grey frame.
     """
     scale, shift = ((1.05, 1.3), 0.05) if mosaic else ((0.75, 1.3), 0.1)
     return A.Compose(
@@ -79,10 +79,10 @@ def build_transforms(cfg: AugmentConfig, mosaic: bool) -> A.Compose:
 
 
 def augment(canvas: Canvas, transforms: A.Compose, seed: tuple[int, ...]) -> Canvas:
-    """Apply `transforms` with a random stream made from `seed` alone; boxes cut too far are dropped.
+    """Apply `transforms` with a random stream of `seed` alone; boxes cut too far are dropped.
 
-    `set_random_state` shares one stream among the transforms. `set_random_seed` would give each the same one,
-    so that all transforms of one probability would fire together.
+    `set_random_state` shares one stream among the transforms. `set_random_seed` would give each the
+    same one, so that all transforms of one probability would fire together.
     """
     rng = np.random.default_rng(seed)
     transforms.set_random_state(rng, random.Random(int(rng.integers(2**63))))

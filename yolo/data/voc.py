@@ -1,9 +1,9 @@
-"""PASCAL VOC: XML annotations in the layout of the development kit, or in one folder with its own classes.
+"""PASCAL VOC: XML annotations in the layout of the devkit, or in one folder of any classes.
 
 A devkit holds `VOC2007/`, `VOC2012/`, ... (each with `Annotations/`, `JPEGImages/`,
-`ImageSets/Main/<split>.txt`) and its splits are written `2007:trainval+2012:trainval`. A single folder holds
-those three itself: `trainval`. VOC counts pixels from 1 and includes the last one; here, and nowhere else,
-they become 0-based and exclusive.
+`ImageSets/Main/<split>.txt`) and its splits are written `2007:trainval+2012:trainval`. A single
+folder holds those three itself: `trainval`. VOC counts pixels from 1 and includes the last one;
+here, and nowhere else, they become 0-based and exclusive.
 """
 
 from collections.abc import Sequence
@@ -77,7 +77,10 @@ def _locate(root: Path, part: str) -> tuple[Path, str]:
 def _nothing_found(root: Path, part: str, folders: list[Path]) -> str:
     looked = " or ".join(str(folder / "Annotations") for folder in folders)
     if not root.is_dir():
-        return f"no data set at {root} (looked for {looked}): name --data-root; train.py --download fetches VOC"
+        return (
+            f"no data set at {root} (looked for {looked}): name --data-root; train.py --download "
+            "fetches VOC"
+        )
     years = sorted(folder.name[3:] for folder in root.glob("VOC[0-9]*"))
     if years:
         held, example = f"{root} holds the years {', '.join(years)}", f"{years[0]}:trainval"
@@ -118,7 +121,7 @@ def _image_id(folder: Path, line: str) -> str:
 
 
 def parse_xml(path: Path) -> Element:
-    """Return the root of an annotation file; raises `UserError`, naming the file, if it cannot be read."""
+    """Return the root of an annotation file; raises `UserError`, naming the file."""
     try:
         root = parse(path).getroot()
     except OSError as error:
@@ -145,7 +148,7 @@ def _read_xml(folder: Path, image_id: str) -> RawImage:
 
 
 def annotated_size(root: Element) -> tuple[int, int] | None:
-    """Return (height, width), or None where the tool did not fill it in; `ValueError` if no numbers."""
+    """Return (height, width), None where the tool left it out; `ValueError` if no numbers."""
     height, width = root.findtext("size/height"), root.findtext("size/width")
     if not height or not width or int(height) == 0 or int(width) == 0:
         return None

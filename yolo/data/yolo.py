@@ -1,12 +1,12 @@
 """Label files of lines `class cx cy width height` in shares of the image: YOLO folders, VOC as CSV.
 
 The CSV layout (as on Kaggle) has `images/`, `labels/` and one `<split>.csv` of lines `image,label`.
-A YOLO folder has `images/<split>` beside `labels/<split>`, `<split>/images` beside `<split>/labels`,
-or a list `<split>.txt` of images (CVAT, Darknet); labels may also lie beside their images, as
-labelImg writes them. Its class names stand in `data.yaml`, `classes.txt` or `obj.names`: they say
-what the numbers mean, whatever order of classes the network has. An image without a label file has
-no objects. As viewers and annotation tools show images turned by their EXIF tag, boxes are read so,
-too.
+A YOLO folder has `images/<split>` beside `labels/<split>`, `<split>/images` beside
+`<split>/labels`, or a list `<split>.txt` of images (CVAT, Darknet); labels may also lie beside
+their images, as labelImg writes them. Its class names stand in `data.yaml`, `classes.txt` or
+`obj.names`: they say what the numbers mean, whatever order of classes the network has. An image
+without a label file has no objects. As viewers and annotation tools show images turned by their
+EXIF tag, boxes are read so, too.
 """
 
 import csv
@@ -138,14 +138,14 @@ def _assemble(
     skip_bad: bool,
     needs_labels: bool = False,
 ) -> DetectionDataset:
-    """Read all pairs; `needs_labels`: a label file that is missing is a defect, and no background."""
+    """Read all pairs; `needs_labels`: a missing label file is a defect, and no background."""
     numbered, notices = _names(root, [labels.parent for _, labels in pairs.values()])
     numbered = numbered or dict(enumerate(class_names or ()))
     if not numbered:
         raise UserError(
-            f"{root}: label files hold class numbers, and no data.yaml, classes.txt or obj.names says "
-            "their names: add one, or name them with --classes (`--classes voc` for the Kaggle copy "
-            "of VOC)"
+            f"{root}: label files hold class numbers, and no data.yaml, classes.txt or obj.names "
+            "says their names: add one, or name them with --classes (`--classes voc` for the "
+            "Kaggle copy of VOC)"
         )
     remarks: Remarks = defaultdict(list)
 

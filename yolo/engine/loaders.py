@@ -82,7 +82,7 @@ def _worker_settings(
     spare = available_cpus() // ranks_per_node(fabric, cfg) - on_gpu
     workers = max(1, spare) if cfg.workers == "auto" else cfg.workers
     if workers:
-        _check_shared_memory(workers * ranks_per_node(fabric, cfg), images * 3 * img_size**2)
+        check_shared_memory(workers * ranks_per_node(fabric, cfg), images * 3 * img_size**2)
     return {
         "num_workers": workers,
         "worker_init_fn": init_worker,
@@ -93,7 +93,7 @@ def _worker_settings(
     }
 
 
-def _check_shared_memory(workers: int, batch_bytes: int, prefetched: int = 2) -> None:
+def check_shared_memory(workers: int, batch_bytes: int, prefetched: int = 2) -> None:
     """Refuse workers whose batches /dev/shm cannot hold: they would wait for ever, or be killed."""
     shared = Path("/dev/shm")
     need = (prefetched * workers + 1) * batch_bytes
