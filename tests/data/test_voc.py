@@ -199,17 +199,17 @@ def truncate(root: Path, image_id: str) -> None:
     path.write_bytes(path.read_bytes()[:-200])
 
 
-def test_a_truncated_image_names_its_file_at_first_use(root: Path):
+def test_an_image_that_breaks_later_names_its_file_at_its_use(root: Path):
     write_image(root, "cut")
-    truncate(root, "cut")
     dataset = read_voc(root, "train", None)
+    truncate(root, "cut")
     with pytest.raises(UserError, match=r"cut\.jpg: is truncated"):
         dataset.image(1)
 
 
 def test_an_error_in_a_worker_process_is_still_one_line(root: Path):
-    truncate(root, "good")
     dataset = read_voc(root, "train", None)
+    truncate(root, "good")
     loader = DataLoader(EvalSamples(dataset, 64), collate_fn=plain_collate, num_workers=1)
     with pytest.raises(UserError) as caught:
         list(loader)
@@ -220,8 +220,8 @@ def test_with_skip_bad_a_broken_training_image_is_replaced_deterministically(roo
     for number in range(4):
         write_image(root, f"fine{number}")
     write_image(root, "cut")
-    truncate(root, "cut")
     dataset = read_voc(root, "train", None)
+    truncate(root, "cut")
     bad = dataset.image_ids.index("cut")
     strict = TrainSamples(dataset, Config(mosaic_prob=0.0), 0)
     with pytest.raises(UserError, match=r"cut\.jpg"):
@@ -237,8 +237,8 @@ def test_with_skip_bad_a_broken_training_image_is_replaced_deterministically(roo
 
 
 def test_skip_bad_gives_up_where_everything_is_broken(root: Path):
-    truncate(root, "good")
     samples = TrainSamples(read_voc(root, "train", None), Config(skip_bad=True), 0)
+    truncate(root, "good")
     with pytest.raises(UserError, match=r"good\.jpg"):
         samples[SampleKey(0, 0, 64)]
     assert MAX_REPLACEMENTS < 100
