@@ -68,16 +68,14 @@ def check_data(cfg: Config, out_dir: Path, log: Callable[[str], None] = print) -
         train_set = open_dataset(open_all, cfg.train_split, named_classes(cfg))
         test_set = open_dataset(open_all, cfg.split, train_set.class_names)
     except NothingUsableError as error:
-        log(
-            _listing(
-                f"{error}\n{len(error.defects)} defects", error.defects, shown=len(error.defects)
-            )
-        )
-        return len(error.defects)
+        count = len(error.defects)
+        log(_listing(f"{error}\n{count} defects", error.defects, shown=count))
+        return count
     sets = {f"train ({cfg.train_split})": train_set, f"test ({cfg.split})": test_set}
     looks = {name: _look_at_all(dataset, name) for name, dataset in sets.items()}
     defects = _defects(sets, looks)
     notices = [f"{name}: {line}" for name, dataset in sets.items() for line in dataset.notices]
+    listed = _listing(f"{len(defects)} defects", defects, shown=len(defects))
     shapes = box_shapes(training_boxes(train_set, open_all))
     clustered = clustered_anchors(shapes)
     for part in (
@@ -86,9 +84,7 @@ def check_data(cfg: Config, out_dir: Path, log: Callable[[str], None] = print) -
         _collisions(train_set, open_all, anchor_sizes(cfg.anchors) or clustered or COCO_ANCHORS),
         _duplicates(sets, looks),
         _listing(f"{len(notices)} notices", notices) if notices else "",
-        _listing(f"{len(defects)} defects", defects, shown=len(defects))
-        if defects
-        else "no defects found\n",
+        listed if defects else "no defects found\n",
     ):
         if part:
             log(part)

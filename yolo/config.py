@@ -87,8 +87,8 @@ class DataConfig:
     split: str = "test"
     """What to evaluate on, as in `2007:test`."""
     classes: str = "auto"
-    """`voc` (the official twenty in their order), a list, or `auto`: as `data.yaml` or `classes.txt` names
-    them, else those in the training split, sorted."""
+    """`voc` (the official twenty in their order), a list, a file of a name on each line, or `auto`: as
+    `data.yaml`, `classes.txt` or `obj.names` names them, else those in the training split, sorted."""
     skip_bad: bool = False
     """Leave out unreadable images and broken boxes, and print what was left out, instead of stopping."""
     download: bool = False
