@@ -259,6 +259,8 @@ class Table:
         )
         flags = {
             "--config": "configs/voc.yaml",
+            "--backbone": "darknet53",  # as in the steps above; and no weights to fetch
+            "--backbone-weights": "none",
             "--data-root": root,
             "--train-split": wanted.train_split,
             "--split": wanted.split,
