@@ -192,8 +192,8 @@ def _counts(sets: dict[str, DetectionDataset]) -> str:
     """Return a table of images and boxes per split and class."""
     lines = []
     for name, dataset in sets.items():
-        boxes = [len(note.labels) for note in dataset.annotations]
-        difficult = sum(int(note.difficult.sum()) for note in dataset.annotations)
+        boxes = [len(annotation.labels) for annotation in dataset.annotations]
+        difficult = sum(int(annotation.difficult.sum()) for annotation in dataset.annotations)
         lines.append(
             f"{name}: {dataset.name}: {len(dataset)} images ({boxes.count(0)} without boxes), "
             f"{sum(boxes)} boxes ({difficult} difficult)"
@@ -209,7 +209,7 @@ def _counts(sets: dict[str, DetectionDataset]) -> str:
 
 
 def _boxes_and_images(dataset: DetectionDataset, label: int) -> str:
-    found = [int((note.labels == label).sum()) for note in dataset.annotations]
+    found = [int((annotation.labels == label).sum()) for annotation in dataset.annotations]
     return f"{sum(found)} / {sum(count > 0 for count in found)}"
 
 

@@ -45,7 +45,7 @@ def test_the_boxes_are_those_that_training_shows(tiny_digits: Path):
     cfg = Config(mosaic_prob=0.0)
     whole = box_shapes(training_boxes(dataset, cfg))
     in_mosaics = box_shapes(training_boxes(dataset, replace(cfg, mosaic_prob=1.0)))
-    assert len(whole) == sum(len(note.labels) for note in dataset.annotations)
+    assert len(whole) == sum(len(annotation.labels) for annotation in dataset.annotations)
     assert in_mosaics.log().mean() < whole.log().mean() - 0.05
 
 

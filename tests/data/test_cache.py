@@ -26,10 +26,10 @@ def test_cached_images_are_those_of_the_files(tiny_digits: Path):
 def test_large_images_are_kept_at_the_largest_size_shown(tiny_digits: Path):
     dataset = read_voc(tiny_digits, "test", None)
     cache_images(dataset, 64, progress=False)
-    for index, note in enumerate(dataset.annotations):
+    for index, annotation in enumerate(dataset.annotations):
         height, width = dataset.image(index).shape[:2]
         assert max(height, width) == 64
-        assert height / width == pytest.approx(note.height / note.width, rel=0.05)
+        assert height / width == pytest.approx(annotation.height / annotation.width, rel=0.05)
 
 
 def test_the_pixels_lie_in_shared_memory_and_travel_to_a_worker_as_a_handle():
@@ -43,7 +43,7 @@ def test_too_little_memory_is_refused_before_anything_is_decoded(
     tiny_digits: Path, monkeypatch: pytest.MonkeyPatch
 ):
     dataset = read_voc(tiny_digits, "train", None)
-    need = sum(note.height * note.width * 3 for note in dataset.annotations)
+    need = sum(annotation.height * annotation.width * 3 for annotation in dataset.annotations)
     monkeypatch.setattr(caching, "free_memory", lambda: int(need / 0.8) + 100)
     monkeypatch.setattr(dataset, "image", lambda *_: pytest.fail("decoded"))
     with pytest.raises(

@@ -52,9 +52,9 @@ def test_the_csv_layout_reads_its_pairs_with_or_without_a_header(kaggle: Path):
     train_set, test_set = open_datasets(cfg)
     assert (len(train_set), len(test_set)) == (2, 1)
     assert train_set.class_names == VOC_CLASSES
-    note = train_set.annotation(0)
-    np.testing.assert_allclose(note.boxes, [[30, 10, 50, 30]])
-    assert VOC_CLASSES[note.labels[0]] == "car"
+    annotation = train_set.annotation(0)
+    np.testing.assert_allclose(annotation.boxes, [[30, 10, 50, 30]])
+    assert VOC_CLASSES[annotation.labels[0]] == "car"
     assert train_set.annotation(1).labels.tolist() == [14, 11]
 
 
@@ -84,7 +84,7 @@ def test_a_missing_csv_names_those_that_exist(kaggle: Path):
 def test_a_yolo_folder_reads_names_boxes_and_background(folder: Path):
     train_set, test_set = open_datasets(Config(dataset="yolo", data_root=str(folder)))
     assert train_set.class_names == test_set.class_names == ("cup", "spoon")
-    assert [len(note.labels) for note in train_set.annotations] == [1, 0]
+    assert [len(annotation.labels) for annotation in train_set.annotations] == [1, 0]
     np.testing.assert_allclose(train_set.annotation(0).boxes, [[30, 10, 50, 30]])
     assert train_set.annotation(0).labels.tolist() == [1]
 
@@ -277,9 +277,9 @@ def test_photos_are_turned_by_their_exif_tag_as_annotation_tools_show_them(tmp_p
         tmp_path / "images/train/a.jpg", exif=exif
     )
     dataset = read_yolo_folder(tmp_path, "train", ("cup",))
-    note = dataset.annotation(0)
-    assert (note.height, note.width) == dataset.image(0).shape[:2] == (80, 40)
-    np.testing.assert_allclose(note.boxes, [[10, 0, 30, 40]])
+    annotation = dataset.annotation(0)
+    assert (annotation.height, annotation.width) == dataset.image(0).shape[:2] == (80, 40)
+    np.testing.assert_allclose(annotation.boxes, [[10, 0, 30, 40]])
 
 
 def test_a_data_set_without_boxes_is_a_usage_error():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from yolo.data.dataset import MAX_PIXELS, RawImage, assemble, find_image, header_size, read_rgb
+from yolo.data.dataset import MAX_PIXELS, RawAnnotation, assemble, find_image, header_size, read_rgb
 from yolo.errors import UserError
 
 ORIENTATION = 0x0112
@@ -153,7 +153,7 @@ def test_one_pixel_is_an_image(tmp_path: Path):
 def test_an_image_of_a_hundred_million_pixels_is_refused_by_its_header(tmp_path: Path):
     path = tmp_path / "huge.png"
     Image.new("1", (10000, 10000)).save(path)
-    raw = RawImage("huge", path, path, 10000, 10000, [])
+    raw = RawAnnotation("huge", path, path, 10000, 10000, [])
     with pytest.raises(UserError, match=r"huge\.png: 10000x10000 is over 64 million pixels; scale"):
         assemble("test", ["huge"], lambda _: raw, ("cat",), skip_bad=False)
     assert MAX_PIXELS < 10**8

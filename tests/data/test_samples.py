@@ -214,23 +214,23 @@ def test_mosaic_ends_within_an_epoch_when_the_run_is_shorter_than_one(digits: De
 
 
 def test_a_mosaic_fills_the_canvas_and_shows_only_what_its_images_hold(digits: DetectionDataset):
-    for _, tiles, notes in samples_of(digits, replace(CFG, mosaic_prob=1.0), 300):
+    for _, tiles, annotations in samples_of(digits, replace(CFG, mosaic_prob=1.0), 300):
         covered = np.zeros((416, 416), int)
-        for tile, note in zip(tiles, notes, strict=True):
+        for tile, annotation in zip(tiles, annotations, strict=True):
             x, y, right, bottom = tile.region
             covered[y:bottom, x:right] += 1
             left, top, window_right, window_bottom = tile.window
-            assert 0 <= left < window_right <= note.width
-            assert 0 <= top < window_bottom <= note.height
+            assert 0 <= left < window_right <= annotation.width
+            assert 0 <= top < window_bottom <= annotation.height
         assert (covered == 1).all()
 
 
 def test_objects_in_a_mosaic_keep_a_useful_size(digits: DetectionDataset):
     """Not halved, as where four whole images share the canvas."""
     ratios = [
-        tile.scale / (416 / max(note.height, note.width))
-        for _, tiles, notes in samples_of(digits, replace(CFG, mosaic_prob=1.0), 300)
-        for tile, note in zip(tiles, notes, strict=True)
+        tile.scale / (416 / max(annotation.height, annotation.width))
+        for _, tiles, annotations in samples_of(digits, replace(CFG, mosaic_prob=1.0), 300)
+        for tile, annotation in zip(tiles, annotations, strict=True)
     ]
     assert np.mean(ratios) > 0.75
     assert np.quantile(ratios, 0.05) > 0.5
@@ -238,14 +238,16 @@ def test_objects_in_a_mosaic_keep_a_useful_size(digits: DetectionDataset):
 
 def test_every_box_in_a_mosaic_shows_more_than_the_minimum_share(digits: DetectionDataset):
     dropped = 0
-    for _, tiles, notes in samples_of(digits, replace(CFG, mosaic_prob=1.0), 500):
-        for tile, note in zip(tiles, notes, strict=True):
-            boxes, kept = place_boxes(tile, note, min_share=0.4)
-            whole = (note.boxes[kept, 2:] - note.boxes[kept, :2]).prod(axis=1) * tile.scale**2
+    for _, tiles, annotations in samples_of(digits, replace(CFG, mosaic_prob=1.0), 500):
+        for tile, annotation in zip(tiles, annotations, strict=True):
+            boxes, kept = place_boxes(tile, annotation, min_share=0.4)
+            whole = (annotation.boxes[kept, 2:] - annotation.boxes[kept, :2]).prod(
+                axis=1
+            ) * tile.scale**2
             assert (
                 (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) / whole > 0.4 * 0.95
             ).all()  # rounded scale
-            dropped += len(note.labels) - len(kept)
+            dropped += len(annotation.labels) - len(kept)
     assert dropped > 0
 
 
@@ -255,10 +257,10 @@ def test_a_window_is_chosen_that_cuts_fewer_objects_than_chance(digits: Detectio
     def share_cut(tries: int, monkeypatch: pytest.MonkeyPatch) -> float:
         monkeypatch.setattr("yolo.data.mosaic.WINDOW_TRIES", tries)
         cut = whole = 0
-        for _, tiles, notes in samples_of(digits, replace(CFG, mosaic_prob=1.0), 300):
-            for tile, note in zip(tiles, notes, strict=True):
-                inside = np.clip(note.boxes, tile.window[:2] * 2, tile.window[2:] * 2)
-                area = (note.boxes[:, 2:] - note.boxes[:, :2]).prod(axis=1)
+        for _, tiles, annotations in samples_of(digits, replace(CFG, mosaic_prob=1.0), 300):
+            for tile, annotation in zip(tiles, annotations, strict=True):
+                inside = np.clip(annotation.boxes, tile.window[:2] * 2, tile.window[2:] * 2)
+                area = (annotation.boxes[:, 2:] - annotation.boxes[:, :2]).prod(axis=1)
                 share = (inside[:, 2:] - inside[:, :2]).prod(axis=1) / area
                 cut += ((share > 0) & (share < 1)).sum()
                 whole += (share == 1).sum()
@@ -271,9 +273,11 @@ def test_a_window_is_chosen_that_cuts_fewer_objects_than_chance(digits: Detectio
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 2000), (2000, 1), (7, 3)])
 def test_images_of_extreme_shape_fill_a_tile(size: tuple[int, int]):
-    note = Annotation(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool), *size)
-    tiles = mosaic_tiles([0] * 4, [note] * 4, 416, np.random.default_rng(0))
-    for tile in [*tiles, letterbox_tile(0, note, 416)]:
+    annotation = Annotation(
+        np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool), *size
+    )
+    tiles = mosaic_tiles([0] * 4, [annotation] * 4, 416, np.random.default_rng(0))
+    for tile in [*tiles, letterbox_tile(0, annotation, 416)]:
         left, top, right, bottom = tile.window
         assert 0 <= left < right <= size[1] and 0 <= top < bottom <= size[0]
         assert tile.region[0] < tile.region[2] and tile.region[1] < tile.region[3]
@@ -283,15 +287,15 @@ def test_letterboxed_test_images_carry_what_leads_back_to_the_original(digits: D
     images, targets = plain_collate([EvalSamples(digits, 96)[index] for index in range(4)])
     assert images.shape == (4, 3, 96, 96)
     for index, target in enumerate(targets):
-        note = digits.annotation(index)
+        annotation = digits.annotation(index)
         assert (target["image_index"], target["height"], target["width"]) == (
             index,
-            note.height,
-            note.width,
+            annotation.height,
+            annotation.width,
         )
         place = target["letterbox"]
         back = (target["boxes"].numpy() - [place.left, place.top] * 2) / place.scale
-        np.testing.assert_allclose(back, note.boxes, atol=1 / place.scale)
+        np.testing.assert_allclose(back, annotation.boxes, atol=1 / place.scale)
 
 
 PAINTS = np.array(
@@ -311,10 +315,10 @@ class PaintedDigits(DetectionDataset):
     """Scenes on black, each digit in a paint of its own: pixels say which object they are."""
 
     def image(self, index: int, min_side: int | None = None) -> np.ndarray:
-        note = self.annotations[index]
-        canvas = np.zeros((note.height, note.width, 3), np.uint8)
+        annotation = self.annotations[index]
+        canvas = np.zeros((annotation.height, annotation.width, 3), np.uint8)
         for (left, top, right, bottom), label in zip(
-            note.boxes.astype(int), note.labels, strict=True
+            annotation.boxes.astype(int), annotation.labels, strict=True
         ):
             ink = digit_shape(int(label))
             rows = np.arange(bottom - top) * ink.shape[0] // (bottom - top)
@@ -326,15 +330,19 @@ class PaintedDigits(DetectionDataset):
 @pytest.fixture(scope="module")
 def painted() -> PaintedDigits:
     rng = np.random.default_rng(5)
-    notes = []
+    annotations = []
     for label in range(len(PAINTS)):
         height, width = rng.integers(200, 400, size=2)
         side = rng.integers(60, 120)
         left, top = rng.integers(width - side), rng.integers(height - side)
         box = np.array([[left, top, left + side, top + side]], np.float32)
-        notes.append(Annotation(box, np.array([label]), np.zeros(1, bool), int(height), int(width)))
+        annotations.append(
+            Annotation(box, np.array([label]), np.zeros(1, bool), int(height), int(width))
+        )
     names = [str(label) for label in range(len(PAINTS))]
-    return PaintedDigits("painted", tuple(names), names, [Path(name) for name in names], notes)
+    return PaintedDigits(
+        "painted", tuple(names), names, [Path(name) for name in names], annotations
+    )
 
 
 @pytest.mark.parametrize("mosaic_prob", [0.0, 1.0])

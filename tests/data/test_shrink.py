@@ -64,13 +64,16 @@ def test_training_reads_a_shrunk_devkit_and_its_boxes_fit_their_objects(devkit: 
     target = devkit.with_name("small")
     assert shrink_dataset(devkit.parent if above else devkit, target, size=100) == 2
     dataset = read_voc(target, "2007:train+2012:train", None)
-    assert [(note.height, note.width) for note in dataset.annotations] == [(50, 100), (100, 38)]
-    for index, note in enumerate(dataset.annotations):
-        left, top, right, bottom = note.boxes[0].astype(int)
+    assert [(annotation.height, annotation.width) for annotation in dataset.annotations] == [
+        (50, 100),
+        (100, 38),
+    ]
+    for index, annotation in enumerate(dataset.annotations):
+        left, top, right, bottom = annotation.boxes[0].astype(int)
         white = dataset.image(index)[..., 0] > 127
         assert np.flatnonzero(white.any(axis=0))[[0, -1]].tolist() == [left, right - 1]
         assert np.flatnonzero(white.any(axis=1))[[0, -1]].tolist() == [top, bottom - 1]
-        assert note.difficult.all()
+        assert annotation.difficult.all()
     years = target / "VOCdevkit" if above else target
     wide = (years / "VOC2007" / "Annotations" / "wide.xml").read_text()
     tall = (years / "VOC2012" / "Annotations" / "tall.xml").read_text()

@@ -58,19 +58,19 @@ def refusal(root: Path, split: str = "train", classes: tuple[str, ...] | None = 
 def test_boxes_become_zero_based_with_the_far_edge_excluded(root: Path):
     write_image(root, "two", thing(box=(1, 1, 64, 48)) + thing("dog", (2.5, 3, 9, 10), difficult=1))
     dataset = read_voc(root, "train", None)
-    note = dataset.annotation(1)
+    annotation = dataset.annotation(1)
     assert dataset.class_names == ("cat", "dog")
     np.testing.assert_array_equal(
-        note.boxes, np.array([[0, 0, 64, 48], [1.5, 2, 9, 10]], np.float32)
+        annotation.boxes, np.array([[0, 0, 64, 48], [1.5, 2, 9, 10]], np.float32)
     )
-    assert note.labels.tolist() == [0, 1] and note.difficult.tolist() == [False, True]
-    assert (note.height, note.width) == dataset.image(1).shape[:2] == (48, 64)
+    assert annotation.labels.tolist() == [0, 1] and annotation.difficult.tolist() == [False, True]
+    assert (annotation.height, annotation.width) == dataset.image(1).shape[:2] == (48, 64)
 
 
 def test_an_image_without_objects_is_background(root: Path):
     write_image(root, "empty", "")
-    note = read_voc(root, "train", None).annotation(1)
-    assert note.boxes.shape == (0, 4) and note.labels.shape == (0,)
+    annotation = read_voc(root, "train", None).annotation(1)
+    assert annotation.boxes.shape == (0, 4) and annotation.labels.shape == (0,)
 
 
 def test_boxes_up_to_two_pixels_outside_are_clipped(root: Path):
@@ -101,7 +101,7 @@ def test_a_broken_annotation_names_its_file_and_skip_bad_leaves_it_out(
     assert "broken.xml" in message and words in message and "--skip-bad" in message
     dataset = read_voc(root, "train", ("cat",), skip_bad=True)
     assert len(dataset.skipped) == 1 and "broken.xml" in dataset.skipped[0]
-    assert sum(len(note.labels) for note in dataset.annotations) == 1
+    assert sum(len(annotation.labels) for annotation in dataset.annotations) == 1
 
 
 def test_what_other_programs_write_differently_is_read(root: Path):
@@ -182,7 +182,10 @@ def test_several_years_are_joined_and_a_missing_year_is_named(tmp_path: Path):
     write_image(tmp_path / "VOC2012", "2008_000001", thing("dog"))
     dataset = read_voc(tmp_path, "2007:train+2012:train", VOC_CLASSES)
     assert dataset.image_ids == ["000001", "2008_000001"]
-    assert [VOC_CLASSES[note.labels[0]] for note in dataset.annotations] == ["cat", "dog"]
+    assert [VOC_CLASSES[annotation.labels[0]] for annotation in dataset.annotations] == [
+        "cat",
+        "dog",
+    ]
     assert "holds the years 2007, 2012" in refusal(tmp_path, "train")
     assert "holds the years 2007, 2012" in refusal(tmp_path, "2010:train")
 
@@ -268,7 +271,7 @@ def test_real_voc_counts(voc_root: Path):
     ids = (folder / "ImageSets/Main/trainval.txt").read_text().split()
     texts = [(folder / f"Annotations/{image_id}.xml").read_text() for image_id in ids]
     assert len(dataset) == len(ids) > 5000 and not dataset.skipped
-    assert sum(len(note.labels) for note in dataset.annotations) == sum(
+    assert sum(len(annotation.labels) for annotation in dataset.annotations) == sum(
         t.count("<object>") for t in texts
     )
 

@@ -154,17 +154,17 @@ def _open_scenes(scratch: Path, config: Config, class_names: Sequence[str], coun
 
 
 def _write_scene(folder: Path, scenes: DetectionDataset, index: int) -> Sample:
-    note, path = scenes.annotation(index), scenes.paths[index]
+    annotation, path = scenes.annotation(index), scenes.paths[index]
     _write_picture(path, scenes.image(index), folder)
     return Sample(
         file=path.name,
         thumbnail=_write_thumbnail(folder, path.stem, scenes.image(index)),
         name=scenes.image_ids[index],
-        boxes=note.boxes.tolist(),
-        labels=note.labels.tolist(),
-        difficult=note.difficult.tolist(),
-        height=note.height,
-        width=note.width,
+        boxes=annotation.boxes.tolist(),
+        labels=annotation.labels.tolist(),
+        difficult=annotation.difficult.tolist(),
+        height=annotation.height,
+        width=annotation.width,
         credit=_photographer(path),
     )
 

@@ -96,9 +96,9 @@ def free_memory() -> int:
     return min(limits)
 
 
-def _cached_shape(note: Annotation, max_side: int) -> tuple[int, int]:
-    scale = min(1.0, max_side / max(note.height, note.width))
-    return max(1, round(note.height * scale)), max(1, round(note.width * scale))
+def _cached_shape(annotation: Annotation, max_side: int) -> tuple[int, int]:
+    scale = min(1.0, max_side / max(annotation.height, annotation.width))
+    return max(1, round(annotation.height * scale)), max(1, round(annotation.width * scale))
 
 
 def _refuse_if_too_large(dataset: DetectionDataset, need: int, max_side: int, copies: int) -> None:

@@ -1,6 +1,6 @@
 """The detection data set that every source becomes, and the one place where its defects are found.
 
-A source (`voc`, `csv`, `yolo`, `digits`) only says what its files contain, as `RawImage`;
+A source (`voc`, `csv`, `yolo`, `digits`) only says what its files contain, as `RawAnnotation`;
 `assemble` checks headers, boxes and class names, and `read_rgb` decodes pixels.
 """
 
@@ -58,7 +58,7 @@ class Annotation(NamedTuple):
     width: int
 
 
-class RawObject(NamedTuple):
+class RawBox(NamedTuple):
     """One object as its file states it, in 0-based exclusive pixels but not yet checked."""
 
     name: str
@@ -66,7 +66,7 @@ class RawObject(NamedTuple):
     difficult: bool = False
 
 
-class RawImage(NamedTuple):
+class RawAnnotation(NamedTuple):
     """One image as its annotation file states it, not yet checked."""
 
     image_id: str
@@ -74,7 +74,7 @@ class RawImage(NamedTuple):
     source: Path  # the file that errors name
     height: int
     width: int
-    objects: list[RawObject]
+    objects: list[RawBox]
 
 
 class ImageCache(Protocol):
@@ -121,15 +121,18 @@ class DetectionDataset:
         """
         if self.cache is not None:
             return self.cache[index]
-        note = self.annotations[index]
-        return read_rgb(self.paths[index], (note.height, note.width), min_side, self.follow_exif)
+        annotation = self.annotations[index]
+        return read_rgb(
+            self.paths[index], (annotation.height, annotation.width), min_side, self.follow_exif
+        )
 
     def digest(self) -> str:
         """Return a SHA-256 over class names, image ids, sizes and boxes."""
         state = hashlib.sha256(repr(self.class_names).encode())
-        for image_id, note in zip(self.image_ids, self.annotations, strict=True):
-            state.update(f"{image_id} {note.height} {note.width} {len(note.labels)}".encode())
-            for array in (note.boxes, note.labels, note.difficult):
+        for image_id, annotation in zip(self.image_ids, self.annotations, strict=True):
+            size = f"{annotation.height} {annotation.width}"
+            state.update(f"{image_id} {size} {len(annotation.labels)}".encode())
+            for array in (annotation.boxes, annotation.labels, annotation.difficult):
                 state.update(array.tobytes())
         return state.hexdigest()
 
@@ -179,7 +182,7 @@ def notice(what: str, things: Sequence[object]) -> list[str]:
 def assemble(
     name: str,
     image_ids: Sequence[str],
-    read: Callable[[str], RawImage],
+    read: Callable[[str], RawAnnotation],
     class_names: Sequence[str] | None,
     skip_bad: bool,
     follow_exif: bool = False,
@@ -370,8 +373,8 @@ def _shrunk(size: tuple[int, int], shrink: int) -> tuple[int, int]:
 
 
 def _checked_images(
-    image_ids: Iterable[str], read: Callable[[str], RawImage], defects: Defects
-) -> list[RawImage]:
+    image_ids: Iterable[str], read: Callable[[str], RawAnnotation], defects: Defects
+) -> list[RawAnnotation]:
     images = []
     for image_id in image_ids:
         try:
@@ -385,7 +388,7 @@ def _checked_images(
     return images
 
 
-def _check_header(image: RawImage) -> None:
+def _check_header(image: RawAnnotation) -> None:
     stored = header_size(image.image)
     annotated = (image.height, image.width)
     if stored != annotated and header_size(image.image, follow_exif=True) != annotated:
@@ -409,7 +412,7 @@ def _check_end(path: Path) -> None:
             read_rgb(path)
 
 
-def _annotation(image: RawImage, label_of: dict[str, int], defects: Defects) -> Annotation:
+def _annotation(image: RawAnnotation, label_of: dict[str, int], defects: Defects) -> Annotation:
     limit = np.array([image.width, image.height] * 2, np.float32)
     boxes, labels, difficult = [], [], []
     for number, thing in enumerate(image.objects, start=1):
@@ -429,7 +432,7 @@ def _annotation(image: RawImage, label_of: dict[str, int], defects: Defects) -> 
     )
 
 
-def _object_defect(thing: RawObject, image: RawImage, label_of: dict[str, int]) -> str | None:
+def _object_defect(thing: RawBox, image: RawAnnotation, label_of: dict[str, int]) -> str | None:
     """Return what is wrong with an object, or None."""
     left, top, right, bottom = thing.box
     shown = ", ".join(f"{value:g}" for value in thing.box)

@@ -62,8 +62,8 @@ def letterboxed(source: str | Path | np.ndarray, size: int) -> Letterboxed:
         stored = _jpeg_size(Path(source))
         image = read_rgb(Path(source), stored, size)
         height, width = stored or image.shape[:2]
-    note = Annotation(np.zeros((0, 4)), np.zeros(0), np.zeros(0), height, width)
-    canvas = letterboxed_canvas(image, note, size)
+    annotation = Annotation(np.zeros((0, 4)), np.zeros(0), np.zeros(0), height, width)
+    canvas = letterboxed_canvas(image, annotation, size)
     return Letterboxed(torch.from_numpy(canvas.image).permute(2, 0, 1), height, width)
 
 

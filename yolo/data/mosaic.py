@@ -37,26 +37,28 @@ class Tile:
         return (self.region[2] - self.region[0]) / (self.window[2] - self.window[0])
 
 
-def letterbox_tile(index: int, note: Annotation, size: int) -> Tile:
+def letterbox_tile(index: int, annotation: Annotation, size: int) -> Tile:
     """Return the tile that shows a whole image in the middle of the canvas."""
-    place = letterbox(note.height, note.width, size)
+    place = letterbox(annotation.height, annotation.width, size)
     region = (place.left, place.top, place.left + place.width, place.top + place.height)
-    return Tile(index, (0, 0, note.width, note.height), region)
+    return Tile(index, (0, 0, annotation.width, annotation.height), region)
 
 
 def mosaic_tiles(
-    indices: Sequence[int], notes: Sequence[Annotation], size: int, rng: np.random.Generator
+    indices: Sequence[int], annotations: Sequence[Annotation], size: int, rng: np.random.Generator
 ) -> list[Tile]:
     """Place four images around a random centre so that they fill a `size` x `size` canvas."""
     x, y = (round(float(share) * size) for share in rng.uniform(*CENTRE_RANGE, size=2))
     regions = [(0, 0, x, y), (x, 0, size, y), (0, y, x, size), (x, y, size, size)]
     return [
-        Tile(index, _window(note, region, size, rng), region)
-        for index, note, region in zip(indices, notes, regions, strict=True)
+        Tile(index, _window(annotation, region, size, rng), region)
+        for index, annotation, region in zip(indices, annotations, regions, strict=True)
     ]
 
 
-def place_boxes(tile: Tile, note: Annotation, min_share: float) -> tuple[np.ndarray, np.ndarray]:
+def place_boxes(
+    tile: Tile, annotation: Annotation, min_share: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Move an image's boxes to the canvas, clip them to the tile, drop what is cut too far.
 
     Returns:
@@ -67,7 +69,7 @@ def place_boxes(tile: Tile, note: Annotation, min_share: float) -> tuple[np.ndar
     scale = np.array(
         [(right - x) / (window_right - left), (bottom - y) / (window_bottom - top)] * 2
     )
-    moved = (note.boxes - [left, top] * 2) * scale + [x, y] * 2
+    moved = (annotation.boxes - [left, top] * 2) * scale + [x, y] * 2
     clipped = np.clip(moved, [x, y] * 2, [right, bottom] * 2)
     sides = clipped[:, 2:] - clipped[:, :2]
     share = sides.prod(axis=1) / (moved[:, 2:] - moved[:, :2]).prod(axis=1)
@@ -78,7 +80,7 @@ def place_boxes(tile: Tile, note: Annotation, min_share: float) -> tuple[np.ndar
 def compose(
     tiles: Sequence[Tile],
     images: Sequence[np.ndarray],
-    notes: Sequence[Annotation],
+    annotations: Sequence[Annotation],
     size: int,
     min_visible: float = 0.0,
 ) -> Canvas:
@@ -87,39 +89,39 @@ def compose(
     Args:
         tiles: One, or the four of a mosaic.
         images: [H, W, 3] uint8 RGB for each tile, possibly decoded at a reduced size.
-        notes: The annotation of each image.
+        annotations: The annotation of each image.
         size: Side of the canvas in pixels.
         min_visible: See `yolo.data.transforms.cut_threshold`.
     """
     canvas = np.full((size, size, 3), FILL, np.uint8)
     boxes, labels, difficult = [], [], []
-    for tile, image, note in zip(tiles, images, notes, strict=True):
-        _paint(canvas, tile, image, note)
-        placed, kept = place_boxes(tile, note, cut_threshold(min_visible))
+    for tile, image, annotation in zip(tiles, images, annotations, strict=True):
+        _paint(canvas, tile, image, annotation)
+        placed, kept = place_boxes(tile, annotation, cut_threshold(min_visible))
         boxes.append(placed)
-        labels.append(note.labels[kept])
-        difficult.append(note.difficult[kept])
+        labels.append(annotation.labels[kept])
+        difficult.append(annotation.difficult[kept])
     return Canvas(canvas, np.concatenate(boxes), np.concatenate(labels), np.concatenate(difficult))
 
 
-def letterboxed_canvas(image: np.ndarray, note: Annotation, size: int) -> Canvas:
+def letterboxed_canvas(image: np.ndarray, annotation: Annotation, size: int) -> Canvas:
     """Return a whole image, possibly decoded at a reduced size, on its canvas, as in every test."""
-    return compose([letterbox_tile(0, note, size)], [image], [note], size)
+    return compose([letterbox_tile(0, annotation, size)], [image], [annotation], size)
 
 
 def _window(
-    note: Annotation, region: tuple[int, int, int, int], size: int, rng: np.random.Generator
+    annotation: Annotation, region: tuple[int, int, int, int], size: int, rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
     """Choose what part of an image to show: of random windows, the one that cuts least."""
     tile_width, tile_height = region[2] - region[0], region[3] - region[1]
-    cover = max(tile_width / note.width, tile_height / note.height)
-    scale = rng.uniform(cover, max(cover, size / max(note.height, note.width)))
-    width = min(note.width, max(1, round(tile_width / scale)))
-    height = min(note.height, max(1, round(tile_height / scale)))
-    free = (note.width - width + 1, note.height - height + 1)
+    cover = max(tile_width / annotation.width, tile_height / annotation.height)
+    scale = rng.uniform(cover, max(cover, size / max(annotation.height, annotation.width)))
+    width = min(annotation.width, max(1, round(tile_width / scale)))
+    height = min(annotation.height, max(1, round(tile_height / scale)))
+    free = (annotation.width - width + 1, annotation.height - height + 1)
     corners = rng.integers(free, size=(WINDOW_TRIES, 2))
     windows = np.hstack([corners, corners + np.array([width, height])])
-    left, top, right, bottom = windows[_integrity(windows, note.boxes).argmax()]
+    left, top, right, bottom = windows[_integrity(windows, annotation.boxes).argmax()]
     return int(left), int(top), int(right), int(bottom)
 
 
@@ -132,12 +134,12 @@ def _integrity(windows: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     return np.where(share > 0, 2 * share - 1, 0).sum(axis=1)
 
 
-def _paint(canvas: np.ndarray, tile: Tile, image: np.ndarray, note: Annotation) -> None:
+def _paint(canvas: np.ndarray, tile: Tile, image: np.ndarray, annotation: Annotation) -> None:
     """Scale the tile's window of `image` into its region of the canvas."""
     x, y, right, bottom = tile.region
     height, width = image.shape[:2]
-    left, window_right = _pixels(tile.window[0], tile.window[2], width / note.width, width)
-    top, window_bottom = _pixels(tile.window[1], tile.window[3], height / note.height, height)
+    left, window_right = _pixels(tile.window[0], tile.window[2], width / annotation.width, width)
+    top, window_bottom = _pixels(tile.window[1], tile.window[3], height / annotation.height, height)
     ratio = (right - x) / (window_right - left)
     cv2.resize(
         image[top:window_bottom, left:window_right],

@@ -34,7 +34,7 @@ class TrainSample(NamedTuple):
 
     key: SampleKey
     tiles: list[Tile]
-    notes: list[Annotation]
+    annotations: list[Annotation]
     images: list[np.ndarray]
 
 
@@ -88,12 +88,14 @@ class TrainSamples(Dataset[TrainSample]):
 
     def _load(self, key: SampleKey, attempt: int) -> TrainSample:
         tiles = self.plan(key, attempt)
-        notes = [self.dataset.annotation(tile.index) for tile in tiles]
+        annotations = [self.dataset.annotation(tile.index) for tile in tiles]
         images = [
-            self.dataset.image(tile.index, math.ceil(max(note.height, note.width) * tile.scale))
-            for tile, note in zip(tiles, notes, strict=True)
+            self.dataset.image(
+                tile.index, math.ceil(max(annotation.height, annotation.width) * tile.scale)
+            )
+            for tile, annotation in zip(tiles, annotations, strict=True)
         ]
-        return TrainSample(key, tiles, notes, images)
+        return TrainSample(key, tiles, annotations, images)
 
     def _report(self, message: str) -> None:
         if message not in self._reported:
@@ -125,7 +127,7 @@ class MosaicCollate:
     def compose(self, sample: TrainSample) -> Canvas:
         """Return one finished sample."""
         canvas = compose(
-            sample.tiles, sample.images, sample.notes, sample.key.img_size, self.min_visible
+            sample.tiles, sample.images, sample.annotations, sample.key.img_size, self.min_visible
         )
         transforms = self.single if len(sample.tiles) == 1 else self.mosaic
         return augment(canvas, transforms, (self.seed, sample.key.epoch, sample.key.index))
@@ -150,15 +152,17 @@ class EvalSamples(Dataset[tuple[np.ndarray, Target]]):
         Raises:
             UserError: naming the file that cannot be decoded.
         """
-        note = self.dataset.annotation(index)
-        canvas = letterboxed_canvas(self.dataset.image(index, self.img_size), note, self.img_size)
-        place = letterbox(note.height, note.width, self.img_size)
+        annotation = self.dataset.annotation(index)
+        canvas = letterboxed_canvas(
+            self.dataset.image(index, self.img_size), annotation, self.img_size
+        )
+        place = letterbox(annotation.height, annotation.width, self.img_size)
         return canvas.image, {
             **_target(canvas),
             "image_index": index,
             "letterbox": place,
-            "height": note.height,
-            "width": note.width,
+            "height": annotation.height,
+            "width": annotation.width,
         }
 
 

@@ -15,8 +15,8 @@ from defusedxml.ElementTree import parse
 
 from yolo.data.dataset import (
     DetectionDataset,
-    RawImage,
-    RawObject,
+    RawAnnotation,
+    RawBox,
     assemble,
     find_image,
     header_size,
@@ -133,7 +133,7 @@ def parse_xml(path: Path) -> Element:
     return root
 
 
-def _read_xml(folder: Path, image_id: str) -> RawImage:
+def _read_xml(folder: Path, image_id: str) -> RawAnnotation:
     path = folder / "Annotations" / f"{image_id}.xml"
     root = parse_xml(path)
     image = find_image(folder / "JPEGImages", image_id)
@@ -144,7 +144,7 @@ def _read_xml(folder: Path, image_id: str) -> RawImage:
         raise UserError(
             f"{path}: an object lacks a name or a box of four numbers, or the size is no number"
         ) from None
-    return RawImage(image_id, image, path, height, width, objects)
+    return RawAnnotation(image_id, image, path, height, width, objects)
 
 
 def annotated_size(root: Element) -> tuple[int, int] | None:
@@ -155,13 +155,13 @@ def annotated_size(root: Element) -> tuple[int, int] | None:
     return int(height), int(width)
 
 
-def _object(node: Element) -> RawObject:
+def _object(node: Element) -> RawBox:
     left, top, right, bottom = (
         float(node.findtext(f"bndbox/{key}", "")) for key in ("xmin", "ymin", "xmax", "ymax")
     )
     name = node.findtext("name", "").strip()
     if not name:
         raise ValueError("no name")
-    return RawObject(
+    return RawBox(
         name, (left - 1, top - 1, right, bottom), node.findtext("difficult", "0").strip() == "1"
     )

@@ -18,8 +18,8 @@ from yolo.data.archives import walk
 from yolo.data.class_names import read_class_names
 from yolo.data.dataset import (
     DetectionDataset,
-    RawImage,
-    RawObject,
+    RawAnnotation,
+    RawBox,
     assemble,
     header_size,
     is_image,
@@ -149,7 +149,7 @@ def _assemble(
         )
     remarks: Remarks = defaultdict(list)
 
-    def read(image_id: str) -> RawImage:
+    def read(image_id: str) -> RawAnnotation:
         image, labels = pairs[image_id]
         if needs_labels and image.is_file() and not labels.is_file():
             raise UserError(f"{labels}: no such label file, but the CSV names it")
@@ -165,12 +165,12 @@ def _assemble(
 
 def _read_labels(
     image_id: str, image: Path, labels: Path, numbered: Mapping[int, str], remarks: Remarks
-) -> RawImage:
+) -> RawAnnotation:
     height, width = header_size(image, follow_exif=True)
     lines = read_text(labels).splitlines() if labels.is_file() else []
     if not labels.is_file():
         remarks["images have no label file and count as background"].append(str(image))
-    objects: dict[RawObject, None] = {}  # in their order
+    objects: dict[RawBox, None] = {}  # in their order
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -181,12 +181,10 @@ def _read_labels(
         if thing in objects:
             remarks["label lines stand twice and count once"].append(where)
         objects[thing] = None
-    return RawImage(image_id, image, labels, height, width, list(objects))
+    return RawAnnotation(image_id, image, labels, height, width, list(objects))
 
 
-def _object(
-    line: str, where: str, height: int, width: int, numbered: Mapping[int, str]
-) -> RawObject:
+def _object(line: str, where: str, height: int, width: int, numbered: Mapping[int, str]) -> RawBox:
     """Read `class cx cy width height`, or the corners of a polygon: `class x y x y x y ...`."""
     try:
         number, *shares = (float(word) for word in line.split())
@@ -203,7 +201,7 @@ def _object(
         x, y, w, h = shares
         left, top, right, bottom = x - w / 2, y - h / 2, x + w / 2, y + h / 2
     box = (left * width, top * height, right * width, bottom * height)
-    return RawObject(numbered.get(label, f"class {label}"), box)
+    return RawBox(numbered.get(label, f"class {label}"), box)
 
 
 def _names(root: Path, label_folders: Iterable[Path]) -> tuple[dict[int, str] | None, list[str]]:
