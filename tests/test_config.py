@@ -48,7 +48,7 @@ def test_a_stored_configuration_reads_back_the_same(tmp_path):
     [
         ("epohcs: 3", "did you mean 'epochs'"),
         ("epochs: many", "'epochs: many'"),
-        ("epochs: 3.5", "'epochs: 3.5' has a value of the wrong type"),
+        ("log_every: 3.5", "'log_every: 3.5' has a value of the wrong type"),
         ("epochs: true", "'epochs: True'"),
         ("epochs: null", "'epochs: None'"),
         ("skip_bad: 1", "'skip_bad: 1'"),
