@@ -1,4 +1,4 @@
-"""The assignment against a loop over boxes, and the loss against the plain formulas of each term."""
+"""The assignment against a loop over boxes, and the loss against plain formulas of each term."""
 
 import math
 
@@ -18,13 +18,17 @@ ANCHORS = make_anchors(COCO_ANCHORS, SIZE)
 TERMS = ("box", "object", "no_object", "class")
 
 
-def make_targets(counts: list[int], seed: int = 0, size: int = SIZE) -> list[dict[str, torch.Tensor]]:
+def make_targets(
+    counts: list[int], seed: int = 0, size: int = SIZE
+) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     targets = []
     for count in counts:
         corners = torch.rand(count, 2, 2, generator=generator) * size
         boxes = torch.cat([corners.amin(1), corners.amax(1) + 1], dim=1).clamp(max=size)
-        targets.append({"boxes": boxes, "labels": torch.randint(CLASSES, (count,), generator=generator)})
+        targets.append(
+            {"boxes": boxes, "labels": torch.randint(CLASSES, (count,), generator=generator)}
+        )
     return targets
 
 
@@ -49,7 +53,9 @@ def assign_by_loop(targets, scale: int, stride: int, side: int):
     positive, ignored = {}, set()
     for image, target in enumerate(targets):
         for box, label in zip(target["boxes"], target["labels"], strict=True):
-            column, row = (min(int(c / stride), side - 1) for c in ((box[:2] + box[2:]) / 2).tolist())
+            column, row = (
+                min(int(c / stride), side - 1) for c in ((box[:2] + box[2:]) / 2).tolist()
+            )
             overlaps = shape_iou(box[2:] - box[:2], ANCHORS[scale])
             for anchor in overlaps.argsort(descending=True, stable=True).tolist():
                 if (image, anchor, row, column) not in positive:
@@ -112,7 +118,9 @@ def test_an_ignored_cell_can_become_positive_for_another_box():
 def test_boxes_on_the_right_and_bottom_edge_stay_in_the_grid():
     corner = torch.tensor([[SIZE - 1.0, SIZE - 1.0, SIZE + 1.0, SIZE + 1.0]])
     for found, stride in zip(
-        assign_targets([{"boxes": corner, "labels": torch.tensor([0])}], ANCHORS, SIZE), STRIDES, strict=True
+        assign_targets([{"boxes": corner, "labels": torch.tensor([0])}], ANCHORS, SIZE),
+        STRIDES,
+        strict=True,
     ):
         assert found.cells[0, 2:].tolist() == [SIZE // stride - 1] * 2
 
@@ -137,7 +145,9 @@ def test_terms_equal_the_plain_formulas():
     for output, anchors, stride, found in zip(outputs, ANCHORS, STRIDES, assigned, strict=True):
         image, anchor, row, column = found.cells.T
         predicted = output[image, anchor, row, column]
-        overlap = paired_iou(decode_boxes(output, anchors, stride)[image, anchor, row, column], found.boxes)
+        overlap = paired_iou(
+            decode_boxes(output, anchors, stride)[image, anchor, row, column], found.boxes
+        )
         code = encode_boxes(found.boxes, anchors[anchor], torch.stack([column, row], 1), stride)
         xywh = torch.cat([predicted[:, :2].sigmoid(), predicted[:, 2:4]], dim=1)
         bce = functional.binary_cross_entropy_with_logits
@@ -221,7 +231,9 @@ def test_the_cells_of_a_box_on_scales_that_do_not_fit(rule, empty):
 def test_multi_takes_every_anchor_that_fits_and_the_first_box_of_two():
     box = torch.tensor([100.0, 100.0, 130.0, 130.0])
     target = {"boxes": torch.stack([box, box]), "labels": torch.tensor([2, 3])}
-    for anchors, found in zip(ANCHORS, assign_targets([target], ANCHORS, SIZE, rule="multi"), strict=True):
+    for anchors, found in zip(
+        ANCHORS, assign_targets([target], ANCHORS, SIZE, rule="multi"), strict=True
+    ):
         ratios = 30 / anchors
         fits = (torch.maximum(ratios, 1 / ratios) < 4).all(1)
         assert found.cells[:, 1].tolist() == fits.nonzero()[:, 0].tolist()
@@ -241,13 +253,20 @@ def test_difficult_objects_can_be_left_out():
 def test_negatives_over_all_scales_or_per_positive_equal_the_plain_formulas():
     outputs, targets = make_outputs(2), make_targets([4, 2])
     assigned = assign_targets(targets, ANCHORS, SIZE)
-    sums = [functional.softplus(o[..., 4][t.empty]).sum() for o, t in zip(outputs, assigned, strict=True)]
+    sums = [
+        functional.softplus(o[..., 4][t.empty]).sum()
+        for o, t in zip(outputs, assigned, strict=True)
+    ]
     empties = sum(int(t.empty.sum()) for t in assigned)
     positives = sum(len(t.labels) for t in assigned)
     for norm, count in (("all", empties), ("positives", positives)):
-        settings = LossSettings(no_object_norm=norm, no_object_weight=2.0, no_object_scales=(1, 0.5, 3))
+        settings = LossSettings(
+            no_object_norm=norm, no_object_weight=2.0, no_object_scales=(1, 0.5, 3)
+        )
         expected = 2 * (sums[0] + 0.5 * sums[1] + 3 * sums[2]) / count
-        torch.testing.assert_close(loss_of(outputs, targets, config=settings)["no_object"], expected)
+        torch.testing.assert_close(
+            loss_of(outputs, targets, config=settings)["no_object"], expected
+        )
 
 
 def test_ciou_equals_its_formula_and_its_gradient_is_finite_without_overlap():

@@ -1,4 +1,4 @@
-"""The schedule file: equal to torch's one-cycle, exact in text, guarded against edits and other runs."""
+"""The schedule file: torch's one-cycle, exact in text, guarded against edits and other runs."""
 
 import dataclasses
 from pathlib import Path
@@ -19,7 +19,9 @@ from yolo.schedule import (
 )
 
 
-def planned(steps_per_epoch: int = 25, ranks: int = 1, digest: str = "abc", **settings: object) -> Schedule:
+def planned(
+    steps_per_epoch: int = 25, ranks: int = 1, digest: str = "abc", **settings: object
+) -> Schedule:
     cfg = ScheduleConfig(**{"epochs": 4, "batch_size": 8, **settings})  # type: ignore[arg-type]
     return plan_schedule(
         cfg, ranks=ranks, dataset_size=200, dataset_digest=digest, steps_per_epoch=steps_per_epoch
@@ -38,7 +40,12 @@ def test_rows_equal_what_torch_one_cycle_gives_in_a_training_loop(
     anneal: str, pct_start: float, steps_per_epoch: int
 ) -> None:
     schedule = planned(
-        steps_per_epoch, anneal=anneal, pct_start=pct_start, max_lr=3e-3, div_factor=10, final_div_factor=50
+        steps_per_epoch,
+        anneal=anneal,
+        pct_start=pct_start,
+        max_lr=3e-3,
+        div_factor=10,
+        final_div_factor=50,
     )
     optimizer = torch.optim.AdamW([torch.zeros(1)], lr=1.0)
     cycle = torch.optim.lr_scheduler.OneCycleLR(
@@ -61,7 +68,8 @@ def test_rows_equal_what_torch_one_cycle_gives_in_a_training_loop(
 
 
 def test_a_warm_up_of_exactly_one_step_starts_at_the_peak() -> None:
-    schedule = planned(steps_per_epoch=1, epochs=5, pct_start=0.2, max_lr=1e-3)  # torch divides by zero here
+    # torch divides by zero here
+    schedule = planned(steps_per_epoch=1, epochs=5, pct_start=0.2, max_lr=1e-3)
     assert schedule.lr[0] == pytest.approx(1e-3, rel=1e-6)
     assert len(schedule) == 5
 
@@ -125,7 +133,9 @@ def test_a_missing_file_is_one_clear_line(tmp_path: Path) -> None:
         (planned(max_lr=0.01), "max_lr 0.001 -> 0.01"),
     ],
 )
-def test_a_resume_with_another_cycle_stops_and_shows_both_values(other: Schedule, shown: str) -> None:
+def test_a_resume_with_another_cycle_stops_and_shows_both_values(
+    other: Schedule, shown: str
+) -> None:
     with pytest.raises(UserError, match=shown) as caught:
         check_resume(planned(), other, Path("schedule.txt"))
     assert "--replan" in str(caught.value)

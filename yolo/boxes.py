@@ -1,7 +1,7 @@
 """Box geometry in plain torch: overlap of paired boxes, and the letterbox with its inverse.
 
-A box is float32 `xyxy` in absolute pixels, 0-based, right and bottom exclusive. Conversions, pairwise IoU
-and NMS are torchvision's (`torchvision.ops`).
+A box is float32 `xyxy` in absolute pixels, 0-based, right and bottom exclusive. Conversions,
+pairwise IoU and NMS are torchvision's (`torchvision.ops`).
 """
 
 from typing import NamedTuple
@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 class Letterbox(NamedTuple):
-    """Where an image lies inside a square canvas: scaled by `scale`, then moved by `(left, top)`."""
+    """Where an image is in the square input: scaled by `scale`, then moved by `(left, top)`."""
 
     scale: float
     left: int
     top: int
-    height: int  # of the scaled image, inside the canvas
+    height: int  # of the scaled image, inside the square
     width: int
-    size: int  # of the square canvas
+    size: int  # of the square
 
 
 def letterbox(height: int, width: int, size: int) -> Letterbox:
@@ -31,12 +31,12 @@ def letterbox(height: int, width: int, size: int) -> Letterbox:
 
 
 def boxes_to_letterbox(boxes: Tensor, place: Letterbox) -> Tensor:
-    """Move boxes [N, 4] from the pixels of the original image to those of the letterboxed canvas."""
+    """Move boxes [N, 4] from the pixels of the original image to those of the letterboxed one."""
     return boxes * place.scale + boxes.new_tensor([place.left, place.top] * 2)
 
 
 def boxes_from_letterbox(boxes: Tensor, place: Letterbox, height: int, width: int) -> Tensor:
-    """Move boxes [N, 4] from the canvas back to the original image, and clip them to it."""
+    """Move boxes [N, 4] from the letterboxed image back to the original, and clip them to it."""
     original = (boxes - boxes.new_tensor([place.left, place.top] * 2)) / place.scale
     limit = original.new_tensor([width, height] * 2)
     return torch.minimum(original.clamp(min=0), limit)
@@ -55,7 +55,8 @@ def paired_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
     top_left = torch.maximum(boxes_a[..., :2], boxes_b[..., :2])
     bottom_right = torch.minimum(boxes_a[..., 2:], boxes_b[..., 2:])
     intersection = (bottom_right - top_left).clamp(min=0).prod(-1)
-    union = _area(boxes_a) + _area(boxes_b) - intersection
+    sizes_a, sizes_b = boxes_a[..., 2:] - boxes_a[..., :2], boxes_b[..., 2:] - boxes_b[..., :2]
+    union = sizes_a.clamp(min=0).prod(-1) + sizes_b.clamp(min=0).prod(-1) - intersection
     return intersection / union.clamp(min=1e-9)
 
 
@@ -72,7 +73,3 @@ def shape_iou(sizes_a: Tensor, sizes_b: Tensor) -> Tensor:
     intersection = torch.minimum(sizes_a, sizes_b).clamp(min=0).prod(-1)
     union = sizes_a.prod(-1) + sizes_b.prod(-1) - intersection
     return intersection / union.clamp(min=1e-9)
-
-
-def _area(boxes: Tensor) -> Tensor:
-    return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)

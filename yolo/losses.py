@@ -1,7 +1,8 @@
 """Which cells answer for which box, and the four terms of the YOLOv3 loss.
 
-Everything is vectorised over the batch: there is no loop over boxes. The counts that normalise the terms are
-computed outside, over the whole global batch, so that the gradient does not depend on who shares it.
+Everything is vectorised over the batch: there is no loop over boxes. The counts that normalise the
+terms are computed outside, over the whole global batch, so that the gradient does not depend on who
+shares it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,11 +18,12 @@ from yolo.boxes import paired_iou, shape_iou
 from yolo.config import Assignment, LossSettings
 from yolo.models.yolov3 import MAX_LOG_SCALE, STRIDES, decode_boxes, place_boxes
 
-FIT_RATIO = 4.0  # an anchor fits a box if no side of one is this many times the other's, as in YOLOv5
+# an anchor fits a box if no side of one is this many times the other's, as in YOLOv5
+FIT_RATIO = 4.0
 
 
 class ScaleTargets(NamedTuple):
-    """What one scale is taught: P positive cells, and the cells that are empty; all others are ignored."""
+    """What one scale is taught: P positive cells, and the empty ones; all others are ignored."""
 
     cells: Tensor  # [P, 4] int64: image, anchor, row, column
     boxes: Tensor  # [P, 4] xyxy pixels
@@ -42,41 +44,38 @@ def assign_targets(
 ) -> list[ScaleTargets]:
     """Decide for each scale which cells are positive, which are empty and which are ignored.
 
-    `reference`: per box and scale, the free anchor of the best shape in the box's cell is positive (boxes
-    come in their order: the first takes the anchor); its other anchors whose shape IoU exceeds `ignore_iou`
-    are ignored, unless another box takes them. `paper` (section 2.1): only the best of all nine anchors is
-    positive, and the loss ignores predictions that overlap a box by more than `ignore_iou`. `fits`: as the
-    reference, but only among anchors that fit the box (`FIT_RATIO`; the best of all nine if none does), and
-    its cells on scales without one are ignored; `fits-empty`: they are empty. `multi`: as `fits`, but every
-    anchor that fits is positive.
+    `reference`: per box and scale, the free anchor of the best shape in the box's cell is positive
+    (boxes come in their order: the first takes the anchor); its other anchors whose shape IoU
+    exceeds `ignore_iou` are ignored, unless another box takes them. `paper` (section 2.1): only the
+    best of all nine anchors is positive, and the loss ignores predictions that overlap a box by
+    more than `ignore_iou`. `fits`: as the reference, but only among anchors that fit the box
+    (`FIT_RATIO`; the best of all nine if none does), and its cells on scales without one are
+    ignored; `fits-empty`: they are empty. `multi`: as `fits`, but every anchor that fits is
+    positive.
 
-    The index arithmetic stays where the boxes are, on the CPU: how many cells are taken is known only after
-    it, and asking a GPU would stall it. The grids are made on `device`.
+    The index arithmetic stays where the boxes are, on the CPU: how many cells are taken is known
+    only after it, and asking a GPU would stall it. The grids are made on `device`.
 
     Args:
-        targets: per image `boxes` [M, 4] xyxy pixels, `labels` [M] and, without `use_difficult`, `difficult`.
+        targets: per image `boxes` [M, 4] xyxy pixels, `labels` [M], `difficult` [M].
         anchors: [3, A, 2] pixels, coarse to fine, on the CPU.
         img_size: side of the square network input.
         rule: one of those above.
         ignore_iou: see above.
-        use_difficult: whether objects flagged as difficult are targets like others; else they are not there.
-        device: where the result is needed.
-
-    Returns:
-        One `ScaleTargets` per scale, coarse to fine, on `device`.
+        use_difficult: without, objects flagged as `difficult` are not there.
+        device: where the result, one `ScaleTargets` per scale, coarse to fine, is needed.
     """
-    if not use_difficult:
-        targets = [
-            {name: target[name][~target["difficult"]] for name in ("boxes", "labels")} for target in targets
-        ]
-    counts = torch.tensor([len(target["boxes"]) for target in targets])
-    boxes = torch.cat([target["boxes"] for target in targets]).float()
-    labels = torch.cat([target["labels"] for target in targets])
+    keep = [~target["difficult"] if not use_difficult else slice(None) for target in targets]
+    boxes_of = [target["boxes"][kept].float() for target, kept in zip(targets, keep, strict=True)]
+    boxes = torch.cat(boxes_of)
+    labels = torch.cat([target["labels"][kept] for target, kept in zip(targets, keep, strict=True)])
+    counts = torch.tensor([len(own) for own in boxes_of])
     image = torch.repeat_interleave(torch.arange(len(targets)), counts)
-    wanted, ignored = _anchors_of_boxes(boxes[:, 2:] - boxes[:, :2], anchors.to(boxes), rule, ignore_iou)
+    sizes = boxes[:, 2:] - boxes[:, :2]
+    overlaps, ignored = _anchors_of_boxes(sizes, anchors.to(boxes), rule, ignore_iou)
     gt_boxes = boxes.new_zeros(len(targets), 0, 4)
     if rule == "paper":
-        gt_boxes = pad_sequence([target["boxes"].float() for target in targets], batch_first=True)
+        gt_boxes = pad_sequence(boxes_of, batch_first=True)
     gt_boxes = gt_boxes.to(device, non_blocking=True)
     assigned = []
     for scale, stride in enumerate(STRIDES):
@@ -84,13 +83,14 @@ def assign_targets(
         centres = (boxes[:, :2] + boxes[:, 2:]) / (2 * stride)
         column, row = centres.long().clamp(0, side - 1).T  # edges stay in the grid
         cell = (image * side + row) * side + column
-        box, anchor = (_take_all if rule == "multi" else _take_best)(cell, wanted[:, scale])
+        box, anchor = (_take_all if rule == "multi" else _take_best)(cell, overlaps[:, scale])
         cells = torch.stack([image[box], anchor, row[box], column[box]], dim=1)
         near, similar = ignored[:, scale].nonzero(as_tuple=True)
         others = torch.stack([image[near], similar, row[near], column[near]], dim=1)
         parts = (cells, boxes[box], labels[box], torch.cat([cells, others]))
         cells, own_boxes, own_labels, used = (part.to(device, non_blocking=True) for part in parts)
-        empty = torch.ones(len(targets), anchors.shape[1], side, side, dtype=torch.bool, device=device)
+        shape = (len(targets), anchors.shape[1], side, side)
+        empty = torch.ones(shape, dtype=torch.bool, device=device)
         empty[tuple(used.T)] = False
         assigned.append(ScaleTargets(cells, own_boxes, own_labels, empty, gt_boxes))
     return assigned
@@ -99,7 +99,7 @@ def assign_targets(
 def _anchors_of_boxes(
     sizes: Tensor, anchors: Tensor, rule: Assignment, ignore_iou: float
 ) -> tuple[Tensor, Tensor]:
-    """Return which anchors of its cells a box may take, and which it makes ignored if none takes them.
+    """Return which anchors of its cells a box may take, and which it makes ignored if free.
 
     Args:
         sizes: [N, 2] width and height.
@@ -126,34 +126,34 @@ def _anchors_of_boxes(
     return overlaps.masked_fill(~fits, -1.0), similar
 
 
-def _take_all(cell: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Give each box all anchors that it wants; of an anchor that several want, the first box takes it."""
-    box, anchor = (wanted >= 0).nonzero(as_tuple=True)
-    first = _turn_within(cell[box] * wanted.shape[1] + anchor) == 0
+def _take_all(cell: Tensor, overlaps: Tensor) -> tuple[Tensor, Tensor]:
+    """Give each box all anchors that it may take; of several boxes the first takes an anchor."""
+    box, anchor = (overlaps >= 0).nonzero(as_tuple=True)
+    first = _turn_within(cell[box] * overlaps.shape[1] + anchor) == 0
     return box[first], anchor[first]
 
 
-def _take_best(cell: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Give each box the best anchor that it wants and no earlier box of the same cell took.
+def _take_best(cell: Tensor, overlaps: Tensor) -> tuple[Tensor, Tensor]:
+    """Give each box the best anchor that it may take and no earlier box of the same cell took.
 
-    Boxes that share a cell are served in rounds: a round serves at most one box per cell, the earliest
-    waiting.
+    Boxes that share a cell are served in rounds: a round serves at most one box per cell, the
+    earliest waiting.
 
     Args:
         cell: [N] int64, the same number for boxes in the same cell of the same image.
-        wanted: [N, A] shape IoU with each anchor, -1 for one that must not be taken.
+        overlaps: [N, A] shape IoU with each anchor, -1 for one that must not be taken.
 
     Returns:
         The boxes that got an anchor, rising, and the anchors.
     """
-    box = (wanted >= 0).any(1).nonzero()[:, 0]
+    box = (overlaps >= 0).any(1).nonzero()[:, 0]
     _, cell = cell[box].unique(return_inverse=True)
     anchor = torch.full_like(cell, -1)
-    free = torch.ones(len(cell), wanted.shape[1], dtype=torch.bool)
+    free = torch.ones(len(cell), overlaps.shape[1], dtype=torch.bool)
     turn = _turn_within(cell)
-    for round_number in range(wanted.shape[1]):  # a cell has this many anchors to give
+    for round_number in range(overlaps.shape[1]):  # a cell has this many anchors to give
         now = (turn == round_number).nonzero()[:, 0]
-        value, best = wanted[box[now]].masked_fill(~free[cell[now]], -1.0).max(1)
+        value, best = overlaps[box[now]].masked_fill(~free[cell[now]], -1.0).max(1)
         anchor[now] = torch.where(value >= 0, best, -1)
         free[cell[now], best] &= value < 0
     return box[anchor >= 0], anchor[anchor >= 0]
@@ -187,18 +187,22 @@ class YoloLoss(nn.Module):
     anchors: Tensor
     no_object_scales: Tensor
 
-    def __init__(self, anchors: Tensor, settings: LossSettings, label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self, anchors: Tensor, settings: LossSettings, label_smoothing: float = 0.0
+    ) -> None:
         """Keep `anchors` [3, A, 2] (pixels, coarse to fine) as a buffer, and the settings."""
         super().__init__()
         self.register_buffer("anchors", anchors, persistent=False)
-        self.register_buffer("no_object_scales", torch.tensor(settings.no_object_scales), persistent=False)
+        self.register_buffer(
+            "no_object_scales", torch.tensor(settings.no_object_scales), persistent=False
+        )
         self.settings = settings
         self.label_smoothing = label_smoothing
 
     def forward(
         self, outputs: Sequence[Tensor], assigned: Iterable[ScaleTargets], counts: Tensor
     ) -> dict[str, Tensor]:
-        """Return the four weighted terms as scalars; a term without any cell is 0 and still has a gradient.
+        """Return the four weighted terms as scalars; without any cell one is 0, but has a gradient.
 
         Args:
             outputs: per scale [B, A, H, W, 5 + C], raw.
@@ -206,28 +210,22 @@ class YoloLoss(nn.Module):
             counts: [3, 2] positive and empty cells of the whole global batch, from `count_targets`.
         """
         settings = self.settings
-        sums = [
-            self._scale_sums(output, scale_anchors, stride, target)
-            for output, scale_anchors, stride, target in zip(
-                outputs, self.anchors, STRIDES, assigned, strict=True
-            )
-        ]
-        box, has_object, no_object, classes = (torch.stack(values) for values in zip(*sums, strict=True))
+        scales = zip(outputs, self.anchors, STRIDES, assigned, strict=True)
+        sums = [self._scale_sums(*scale) for scale in scales]
+        box, has_object, no_object, classes = (
+            torch.stack(values) for values in zip(*sums, strict=True)
+        )
         positives = counts[:, 0].clamp(min=1)
-        per_cell = no_object * self.no_object_scales / self._no_object_norm(counts)
+        norm = counts[:, 1]
+        if settings.no_object_norm != "scale":
+            norm = counts[:, 1 if settings.no_object_norm == "all" else 0].sum()
+        per_cell = no_object * self.no_object_scales / norm.clamp(min=1)
         return {
             "box": settings.box_weight * (box / positives).sum(),
             "object": settings.object_weight * (has_object / positives).sum(),
             "no_object": settings.no_object_weight * per_cell.sum(),
             "class": settings.class_weight * (classes / positives).sum(),
         }
-
-    def _no_object_norm(self, counts: Tensor) -> Tensor:
-        """Return what the sums over the empty cells of the scales are divided by."""
-        if self.settings.no_object_norm == "scale":
-            return counts[:, 1].clamp(min=1)
-        column = 1 if self.settings.no_object_norm == "all" else 0
-        return counts[:, column].sum().clamp(min=1)
 
     def _scale_sums(
         self, output: Tensor, anchors: Tensor, stride: int, target: ScaleTargets
@@ -237,8 +235,6 @@ class YoloLoss(nn.Module):
         output = output.to(torch.promote_types(output.dtype, torch.float32))
         predicted = output[image, anchor, row, column]  # [P, 5 + C]
         cell = torch.stack([column, row], dim=1)
-        box_term = _ciou if self.settings.box_loss == "ciou" else _squared_error
-        class_term = _one_of_many if self.settings.class_loss == "softmax" else _each_alone
         boxes = place_boxes(predicted[:, :4].detach(), anchors[anchor], cell, stride)
         object_target = paired_iou(boxes, target.boxes).to(output)
         if self.settings.object_target == "one":
@@ -246,46 +242,40 @@ class YoloLoss(nn.Module):
         has_object = functional.binary_cross_entropy_with_logits(
             predicted[:, 4], object_target, reduction="sum"
         )
-        no_object = functional.softplus(output[..., 4]) * self._still_empty(output, anchors, stride, target)
+        empty = target.empty
+        if target.gt_boxes.shape[1]:
+            everywhere = decode_boxes(output.detach(), anchors, stride).flatten(1, 3)
+            overlaps = paired_iou(everywhere[:, :, None], target.gt_boxes[:, None]).amax(-1)
+            empty = empty & (overlaps <= self.settings.ignore_iou).view_as(empty)
         return (
-            box_term(predicted[:, :4], target.boxes, anchors[anchor], cell, stride),
+            self._box_term(predicted[:, :4], target.boxes, anchors[anchor], cell, stride),
             has_object,
-            no_object.sum(),
-            class_term(predicted[:, 5:], target.labels, self.label_smoothing),
+            (functional.softplus(output[..., 4]) * empty).sum(),
+            self._class_term(predicted[:, 5:], target.labels),
         )
 
-    def _still_empty(self, output: Tensor, anchors: Tensor, stride: int, target: ScaleTargets) -> Tensor:
-        if not target.gt_boxes.shape[1]:
-            return target.empty
-        predicted = decode_boxes(output.detach(), anchors, stride).flatten(1, 3)[:, :, None]
-        overlaps = paired_iou(predicted, target.gt_boxes[:, None]).amax(-1)
-        return target.empty & (overlaps <= self.settings.ignore_iou).view_as(target.empty)
+    def _box_term(
+        self, raw: Tensor, boxes: Tensor, anchors: Tensor, cell: Tensor, stride: int
+    ) -> Tensor:
+        """Return 1 - CIoU (Zheng et al. 2020, section 3.3), or the error's mean of four, summed."""
+        if self.settings.box_loss == "ciou":
+            sizes = raw[:, 2:].clamp(min=-MAX_LOG_SCALE)  # a side of 0 has no aspect ratio
+            predicted = place_boxes(torch.cat([raw[:, :2], sizes], dim=1), anchors, cell, stride)
+            return complete_box_iou_loss(predicted, boxes.to(predicted), reduction="sum")
+        predicted = torch.cat([raw[:, :2].sigmoid(), raw[:, 2:]], dim=1)
+        encoded = encode_boxes(boxes, anchors, cell, stride).to(raw)
+        return functional.mse_loss(predicted, encoded, reduction="sum") / 4
 
-
-def _squared_error(raw: Tensor, boxes: Tensor, anchors: Tensor, cell: Tensor, stride: int) -> Tensor:
-    """Return the squared error of (sigmoid(tx), sigmoid(ty), tw, th), mean of four, sum of boxes."""
-    predicted = torch.cat([raw[:, :2].sigmoid(), raw[:, 2:]], dim=1)
-    encoded = encode_boxes(boxes, anchors, cell, stride).to(raw)
-    return functional.mse_loss(predicted, encoded, reduction="sum") / 4
-
-
-def _ciou(raw: Tensor, boxes: Tensor, anchors: Tensor, cell: Tensor, stride: int) -> Tensor:
-    """Return 1 - CIoU of the decoded boxes, summed (Zheng et al. 2020, arXiv:1911.08287, section 3.3)."""
-    sizes = raw[:, 2:].clamp(min=-MAX_LOG_SCALE)  # a side of 0 has no aspect ratio
-    predicted = place_boxes(torch.cat([raw[:, :2], sizes], dim=1), anchors, cell, stride)
-    return complete_box_iou_loss(predicted, boxes.to(predicted), reduction="sum")
-
-
-def _one_of_many(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-    """Return the softmax cross-entropy, summed over rows."""
-    return functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
-
-
-def _each_alone(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-    """Return the binary cross-entropy of every class, summed over classes and rows."""
-    target = functional.one_hot(labels, logits.shape[1]).to(logits)
-    target = target * (1 - label_smoothing) + label_smoothing / logits.shape[1]
-    return functional.binary_cross_entropy_with_logits(logits, target, reduction="sum")
+    def _class_term(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross-entropy of the softmax, or of every class alone, summed."""
+        smoothing = self.label_smoothing
+        if self.settings.class_loss == "softmax":
+            return functional.cross_entropy(
+                logits, labels, reduction="sum", label_smoothing=smoothing
+            )
+        target = functional.one_hot(labels, logits.shape[1]).to(logits)
+        target = target * (1 - smoothing) + smoothing / logits.shape[1]
+        return functional.binary_cross_entropy_with_logits(logits, target, reduction="sum")
 
 
 def encode_boxes(boxes: Tensor, anchors: Tensor, cell: Tensor, stride: int) -> Tensor:

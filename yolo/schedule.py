@@ -1,7 +1,8 @@
-"""The one-cycle learning rate as a table that is planned once, stored as text, and only read from then on.
+"""The one-cycle learning rate as a table: planned once, stored as text, then only read.
 
-The policy is Smith & Topin's super-convergence (arXiv:1708.07120); the numbers are torch's own `OneCycleLR`.
-A cycle belongs to one global batch and one data set: `schedule.txt` names both, and a resume compares them.
+The policy is Smith & Topin's super-convergence (arXiv:1708.07120); the numbers are torch's own
+`OneCycleLR`. A cycle belongs to one global batch and one data set: `schedule.txt` names both, and a
+resume compares them.
 """
 
 import dataclasses
@@ -22,10 +23,10 @@ from yolo.files import replacing
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Learning rate and Adam's beta1 of every optimizer step, with everything that they were planned for.
+    """Learning rate and Adam's beta1 of every optimizer step, and what they were planned for.
 
-    A re-planned schedule keeps the rows before `replanned_step` as they were trained, and goes on from row
-    `replanned_position` of the cycle that its header describes.
+    A re-planned schedule keeps the rows before `replanned_step` as they were trained, and goes on
+    from row `replanned_position` of the cycle that its header describes.
     """
 
     optimizer: str
@@ -67,7 +68,7 @@ _READ: dict[Any, Callable[[str], Any]] = {
     float: float,
     int | float: lambda text: float(text) if "." in text else int(text),
 }
-# What the cycle depends on. Ranks and accumulation are not among them: they only split the same batch.
+# What the cycle depends on; ranks and accumulation only split the same batch.
 _MUST_AGREE = (
     "optimizer",
     "global_batch",
@@ -81,7 +82,8 @@ _MUST_AGREE = (
     "anneal",
 )
 _TITLE = (
-    "# one-cycle schedule, a line per optimizer step. Training reads this file: do not edit, use --replan"
+    "# one-cycle schedule, a line per optimizer step. "
+    "Training reads this file: do not edit, use --replan"
 )
 _COLUMNS = "# step lr beta1"
 
@@ -114,7 +116,7 @@ def plan_schedule(
 
 
 def replan(old: Schedule, new: Schedule, step: int) -> Schedule:
-    """Return `old` up to `step`, then `new` from the same epoch of its cycle on; its end if that is earlier.
+    """Return `old` up to `step`, then `new` from the same epoch (or its end) of its cycle on.
 
     Steps keep counting from `step`, so that no checkpoint or metrics line is named twice.
     """
@@ -129,46 +131,45 @@ def replan(old: Schedule, new: Schedule, step: int) -> Schedule:
     )
 
 
-def differences(stored: Schedule, wanted: Schedule) -> list[str]:
-    """Return, as `name old -> new`, what makes the cycle of a run another one than its resume would plan."""
-    return [
-        f"{name} {getattr(stored, name)} -> {getattr(wanted, name)}"
-        for name in _MUST_AGREE
-        if getattr(stored, name) != getattr(wanted, name)
-    ]
+def differences(stored: Schedule, planned: Schedule) -> list[str]:
+    """Return, as `name old -> new`, where the cycle of a run is not what its resume would plan."""
+    pairs = ((name, getattr(stored, name), getattr(planned, name)) for name in _MUST_AGREE)
+    return [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]
 
 
-def check_resume(stored: Schedule, wanted: Schedule, path: Path) -> list[str]:
+def check_resume(stored: Schedule, planned: Schedule, path: Path) -> list[str]:
     """Compare the schedule of a run with what its resume would plan; return notices worth printing.
 
     Raises:
-        UserError: if the cycle does not fit any more, naming both values of each difference and the way out.
+        UserError: if the cycle does not fit any more, naming both values and the way out.
     """
-    if changed := differences(stored, wanted):
+    if changed := differences(stored, planned):
         raise UserError(
-            f"{path} was planned for another run ({', '.join(changed)}); give the old value(s) to go on "
-            "exactly, or --replan to go on from the same epoch of a new cycle"
+            f"{path} was planned for another run ({', '.join(changed)}); give the old value(s) to "
+            "go on exactly, or --replan to go on from the same epoch of a new cycle"
         )
-    if (stored.ranks, stored.grad_accum_steps) == (wanted.ranks, wanted.grad_accum_steps):
+    if (stored.ranks, stored.grad_accum_steps) == (planned.ranks, planned.grad_accum_steps):
         return []
     return [
         f"the global batch of {stored.global_batch} was split over {stored.ranks} rank(s) x "
-        f"{stored.grad_accum_steps} accumulation step(s), now {wanted.ranks} x {wanted.grad_accum_steps}: "
-        "the schedule holds, but results may differ in the last bits, and BatchNorm sees another micro-batch"
+        f"{stored.grad_accum_steps} accumulation step(s), now {planned.ranks} x "
+        f"{planned.grad_accum_steps}: the schedule holds, but results may differ in the last bits, "
+        "and BatchNorm sees another micro-batch"
     ]
 
 
 def write_schedule(schedule: Schedule, path: Path) -> None:
-    """Write the table as text, whole or not at all; `read_schedule` returns exactly the same floats."""
+    """Write the table as text, whole or not at all; `read_schedule` returns the same floats."""
     with replacing(path) as temporary:
-        temporary.write_text("\n".join([_TITLE, f"# digest {schedule.digest}", *_lines(schedule)]) + "\n")
+        lines = [_TITLE, f"# digest {schedule.digest}", *_lines(schedule)]
+        temporary.write_text("\n".join(lines) + "\n")
 
 
 def read_schedule(path: Path) -> Schedule:
     """Read a schedule and verify its digest.
 
     Raises:
-        UserError: if the file is missing, is no schedule, or was changed, naming the line and the way out.
+        UserError: if the file is missing, is no schedule, or was changed, with line and way out.
     """
     try:
         lines = path.read_text().splitlines()
@@ -177,8 +178,9 @@ def read_schedule(path: Path) -> Schedule:
     schedule, digest = _parse(lines, path)
     if digest != _fingerprint(lines[2:]):
         raise UserError(
-            f"{path}{_first_edit(schedule, lines)}: the file was changed after it was written (its digest "
-            "does not match); restore it (a mirror has a copy), or delete it to have it planned again"
+            f"{path}{_first_edit(schedule, lines)}: the file was changed after it was written (its "
+            "digest does not match); restore it (a mirror has a copy), or delete it to have it "
+            "planned again"
         )
     return schedule
 
@@ -188,11 +190,9 @@ def plot_schedule(schedule: Schedule, path: Path) -> None:
     from matplotlib.figure import Figure  # half a second, and only for this picture
 
     figure = Figure(figsize=(7, 3.2), layout="constrained")
-    lr_axes = figure.add_subplot(
-        xlabel="optimizer step",
-        ylabel="learning rate",
-        title=f"{schedule.epochs} epochs of {schedule.steps_per_epoch} steps, batch {schedule.global_batch}",
-    )
+    cycle = f"{schedule.epochs} epochs of {schedule.steps_per_epoch} steps"
+    title = f"{cycle}, batch {schedule.global_batch}"
+    lr_axes = figure.add_subplot(xlabel="optimizer step", ylabel="learning rate", title=title)
     (lr_line,) = lr_axes.plot(schedule.lr, color="tab:blue", label="learning rate")
     beta_axes = lr_axes.twinx()
     beta_axes.set_ylabel("beta1")
@@ -205,7 +205,7 @@ def plot_schedule(schedule: Schedule, path: Path) -> None:
 
 def _with_cycle(header: Schedule) -> Schedule:
     total = max(1, round(header.epochs * header.steps_per_epoch))
-    # torch divides by the length of the warm-up less one step: zero when the warm-up is exactly one step.
+    # torch divides by the length of the warm-up less one step: zero for a warm-up of one step
     pct_start = header.pct_start * (1 - 1e-9) if header.pct_start * total == 1 else header.pct_start
     optimizer = torch.optim.Adam([torch.zeros(1)], lr=header.max_lr)
     cycle = torch.optim.lr_scheduler.OneCycleLR(
@@ -254,8 +254,8 @@ def _parse(lines: list[str], path: Path) -> tuple[Schedule, str]:
                 beta1.append(float(beta1_text))
         except ValueError:
             raise UserError(
-                f"{path} line {number}: want 'step lr beta1', got '{line}'; restore the file (a mirror has a "
-                "copy), or delete it to have it planned again"
+                f"{path} line {number}: want 'step lr beta1', got '{line}'; restore the file (a "
+                "mirror has a copy), or delete it to have it planned again"
             ) from None
     try:
         values = {field.name: _READ[field.type](header[field.name]) for field in _HEADER}
@@ -265,7 +265,7 @@ def _parse(lines: list[str], path: Path) -> tuple[Schedule, str]:
 
 
 def _first_edit(schedule: Schedule, lines: list[str]) -> str:
-    """Return ` line N (...)` for the first line that its own header does not lead to, if there is one."""
+    """Return ` line N (...)` for the first line, if any, that does not follow from its header."""
     try:
         whole = _with_cycle(schedule)
     except (ValueError, ZeroDivisionError):

@@ -1,4 +1,4 @@
-"""Average precision against a naive loop, faster-coco-eval, and the devkit's figures for a real detector."""
+"""Average precision against a naive loop, faster-coco-eval, and the devkit's own figures."""
 
 from pathlib import Path
 
@@ -23,7 +23,9 @@ from yolo.metrics.average_precision import (
 from yolo.metrics.matching import Detections, Objects, match_greedy, match_voc, overlapping_pairs
 
 
-def naive_voc_ap(detections: Detections, objects: Objects, label: int) -> tuple[float, float] | None:
+def naive_voc_ap(
+    detections: Detections, objects: Objects, label: int
+) -> tuple[float, float] | None:
     """Return area and 11-point AP of one class, written as in the devkit's VOCevaldet.m."""
     of_class = [k for k in range(len(objects)) if objects.labels[k] == label]
     num_objects = sum(not objects.ignored[k] for k in of_class)
@@ -45,7 +47,8 @@ def naive_voc_ap(detections: Detections, objects: Objects, label: int) -> tuple[
             outcomes.append(int(best_object not in taken))
             taken.add(best_object)
     points = [
-        (sum(outcomes[: k + 1]) / num_objects, np.mean(outcomes[: k + 1])) for k in range(len(outcomes))
+        (sum(outcomes[: k + 1]) / num_objects, np.mean(outcomes[: k + 1]))
+        for k in range(len(outcomes))
     ]
     eleven = [max((p for r, p in points if r >= t), default=0) for t in np.arange(0, 1.1, 0.1)]
     area, reached = 0.0, 0.0
@@ -75,7 +78,9 @@ def test_voc_ap_equals_the_devkit_loop(seed: int) -> None:
             assert (row["ap_50"], row["ap_50_11pt"]) == pytest.approx(expected, abs=1e-12)
 
 
-def coco_precision(detections: Detections, objects: Objects, num_images: int, num_classes: int) -> np.ndarray:
+def coco_precision(
+    detections: Detections, objects: Objects, num_images: int, num_classes: int
+) -> np.ndarray:
     """Return faster-coco-eval's precision [T, R, C, areas]; -1 where undefined."""
     coco_eval = pytest.importorskip("faster_coco_eval")
 
@@ -128,10 +133,14 @@ def assert_equal_to_coco(seed: int) -> None:
         counted = ~objects.ignored & (area >= low) & (area <= high)
         for label in range(num_classes):
             total = int((counted & (objects.labels == label)).sum())
-            ours = [coco_ap(*curve) for curve in precision_recall(matches, kept.labels == label, total)]
+            ours = [
+                coco_ap(*curve) for curve in precision_recall(matches, kept.labels == label, total)
+            ]
             theirs = expected[:, :, label, a].mean(1)
             if total:
-                np.testing.assert_allclose(ours, theirs, atol=1e-6, err_msg=f"seed {seed}, class {label}")
+                np.testing.assert_allclose(
+                    ours, theirs, atol=1e-6, err_msg=f"seed {seed}, class {label}"
+                )
             else:
                 assert ours == [None] * 10 and (theirs == -1).all()
 
@@ -161,13 +170,15 @@ def test_coco_counts_at_most_100_detections_per_image_and_class() -> None:
 
 
 def test_results_do_not_depend_on_how_many_pairs_are_compared_at_a_time() -> None:
-    detections, objects, _, num_classes = random_scenes(3)
-    groups = matching.class_groups(detections, num_classes), matching.class_groups(objects, num_classes)
+    detections, objects, _, _ = random_scenes(3)
+    groups = matching.class_groups(detections, objects)
     whole = list(overlapping_pairs(detections, objects, *groups))
     parts = list(overlapping_pairs(detections, objects, *groups, max_pairs=5))
     assert len(whole) == 1 < len(parts)
     for column in range(3):
-        np.testing.assert_array_equal(np.concatenate([part[column] for part in parts]), whole[0][column])
+        np.testing.assert_array_equal(
+            np.concatenate([part[column] for part in parts]), whole[0][column]
+        )
 
 
 def test_greedy_matching_does_not_depend_on_how_many_pairs_are_compared_at_a_time(
@@ -187,7 +198,9 @@ def one_object(ignored: bool = False) -> Objects:
 
 def detections_at(*boxes: list[float]) -> Detections:
     zeros = np.zeros(len(boxes), np.int64)
-    return Detections(zeros, np.array(boxes, float).reshape(-1, 4), np.linspace(0.9, 0.1, len(boxes)), zeros)
+    return Detections(
+        zeros, np.array(boxes, float).reshape(-1, 4), np.linspace(0.9, 0.1, len(boxes)), zeros
+    )
 
 
 def test_a_second_detection_of_an_object_is_wrong() -> None:
@@ -210,7 +223,10 @@ def test_devkit_wants_more_than_half_an_overlap_and_plain_matching_at_least_half
 
 def test_a_class_without_objects_is_named_and_left_out_of_the_mean() -> None:
     detections = Detections(
-        np.zeros(2, np.int64), np.array([[0.0, 0, 10, 10]] * 2), np.array([0.9, 0.8]), np.array([0, 1])
+        np.zeros(2, np.int64),
+        np.array([[0.0, 0, 10, 10]] * 2),
+        np.array([0.9, 0.8]),
+        np.array([0, 1]),
     )
     result = average_precision(detections, one_object(), ["seen", "absent"])
     assert result["map_50"] == result["map_50_11pt"] == result["map_50_95"] == 1

@@ -14,7 +14,8 @@ def _batch(seed: int, batch: int = 2, num_classes: int = 4) -> tuple[list, list]
     outputs, assigned = [], []
     for side in (2, 4, 8):
         output = torch.randn(batch, 3, side, side, 5 + num_classes, generator=rng) * 3
-        kind = torch.randint(0, 10, output.shape[:4], generator=rng)  # 0 positive, 1 ignored, else empty
+        # 0 positive, 1 ignored, else empty
+        kind = torch.randint(0, 10, output.shape[:4], generator=rng)
         cells = (kind == 0).nonzero()
         labels = torch.randint(0, num_classes, (len(cells),), generator=rng)
         outputs.append(output)

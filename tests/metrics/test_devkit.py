@@ -54,8 +54,16 @@ def test_an_empty_or_absent_file_means_no_detections_of_that_class(tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("class0", "000000 0.5 1 1 9\n", "class0.txt, line 1: want `image score xmin ymin xmax ymax`"),
-        ("class0", "000000 0.5 1 1 9 9\n999999 0.5 1 1 9 9\n", "line 2: image 999999 is not in the split"),
+        (
+            "class0",
+            "000000 0.5 1 1 9\n",
+            "class0.txt, line 1: want `image score xmin ymin xmax ymax`",
+        ),
+        (
+            "class0",
+            "000000 0.5 1 1 9 9\n999999 0.5 1 1 9 9\n",
+            "line 2: image 999999 is not in the split",
+        ),
         ("class0", "000000 0.5 1 1 9 nine\n", "class0.txt: could not convert"),
         ("class0", "000000 0.5 1 1 nan 9\n", "not finite"),
         ("class0", "000000 0.5 9 1 1 9\n", "before its left"),

@@ -16,11 +16,13 @@ NAMES = ("cat", "dog")
 
 
 def scene(*detections: tuple[list[float], int]) -> tuple[Detections, Objects]:
-    """Return detections (box, label), the most confident first, and a cat at HOME and a dog at AWAY."""
+    """Return detections (box, label), most confident first, and a cat at HOME, a dog at AWAY."""
     zeros = np.zeros(len(detections), np.int64)
     boxes = np.array([box for box, _ in detections], float).reshape(-1, 4)
     labels = np.array([label for _, label in detections], np.int64)
-    objects = Objects(np.zeros(2, np.int64), np.array([HOME, AWAY]), np.array([0, 1]), np.zeros(2, bool))
+    objects = Objects(
+        np.zeros(2, np.int64), np.array([HOME, AWAY]), np.array([0, 1]), np.zeros(2, bool)
+    )
     return Detections(zeros, boxes, np.linspace(0.9, 0.5, len(detections)), labels), objects
 
 
@@ -83,7 +85,11 @@ def test_counts_partition_the_detections_and_no_repair_lowers_the_score(seed: in
     errors = find_errors(detections, objects, matches)
     budget = error_budget(detections, objects, matches, errors, num_classes)
     wrong = int((~matches.right[0] & ~matches.ignored[0]).sum())
-    assert sum(budget[kind]["count"] for kind in KINDS[:-1]) == budget["false_positive"]["count"] == wrong
+    assert (
+        sum(budget[kind]["count"] for kind in KINDS[:-1])
+        == budget["false_positive"]["count"]
+        == wrong
+    )
     costs = [row["map_cost"] for row in budget.values()]
     assert all(cost is None for cost in costs) or min(costs) >= -1e-12
 

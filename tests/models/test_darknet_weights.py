@@ -63,7 +63,8 @@ def test_convolutions_are_those_of_yolov3_cfg_in_its_order() -> None:
     channels = [conv.conv.out_channels for conv in convolutions]
     assert len(convolutions) == 75
     assert channels[:6] == [32, 64, 32, 64, 128, 64]
-    assert kernels[52:60] == [1, 3, 1, 3, 1, 3, 1, 1]  # neck, head, then the lateral of the coarse scale
+    # neck, head, then the lateral of the coarse scale
+    assert kernels[52:60] == [1, 3, 1, 3, 1, 3, 1, 1]
     assert channels[52:60] == [512, 1024, 512, 1024, 512, 1024, 255, 256]
     assert channels[60:68] == [256, 512, 256, 512, 256, 512, 255, 128]
     assert channels[68:] == [128, 256, 128, 256, 128, 256, 255]
@@ -78,7 +79,9 @@ def test_the_public_files_are_recognised_by_their_length(
     with torch.device("meta"):
         convolutions = darknet_convolutions(YoloV3(num_classes))
     headers = (16, 20)
-    found = next(cut for h in headers if (cut := find_cut(convolutions, (size - h) // 4, num_classes)))
+    found = next(
+        cut for h in headers if (cut := find_cut(convolutions, (size - h) // 4, num_classes))
+    )
     assert found is not None and found.convolutions == cut.convolutions
     assert found.num_classes == (num_classes if cut.convolutions == BACKBONE_CONVOLUTIONS else 80)
 
@@ -100,7 +103,12 @@ def test_a_random_file_is_read_value_by_value_in_darknets_order(
     start = 0
     for conv in darknet_convolutions(model):
         if conv.norm is not None:
-            stored = [conv.norm.bias, conv.norm.weight, conv.norm.running_mean, conv.norm.running_var]
+            stored = [
+                conv.norm.bias,
+                conv.norm.weight,
+                conv.norm.running_mean,
+                conv.norm.running_var,
+            ]
         else:
             stored = [conv.conv.bias]
         for tensor in [*stored, conv.conv.weight]:
@@ -206,7 +214,8 @@ def test_a_part_of_a_network_is_a_start(tmp_path: Path) -> None:
     model = _random_model()
     backbone = Darknet53(WIDTH)
     save_file(
-        {f"backbone.{n}": v for n, v in backbone.state_dict().items()} | {"extra.bias": torch.zeros(1)},
+        {f"backbone.{n}": v for n, v in backbone.state_dict().items()}
+        | {"extra.bias": torch.zeros(1)},
         tmp_path / "backbone.safetensors",
     )
     report = init_weights(model, tmp_path / "backbone.safetensors")
@@ -266,4 +275,6 @@ def test_our_own_files_are_a_start(tmp_path: Path) -> None:
     _assert_equal(_state(model), _state(source))
     save_weights(tmp_path / "half.safetensors", source, Config(), ("a", "b", "c"), None, {})
     init_weights(model, tmp_path / "half.safetensors")
-    _assert_equal(_state(model), {name: value.half().float() for name, value in _state(source).items()})
+    _assert_equal(
+        _state(model), {name: value.half().float() for name, value in _state(source).items()}
+    )

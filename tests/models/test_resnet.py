@@ -19,7 +19,9 @@ def test_layers_have_the_shapes_of_the_description() -> None:
         images = torch.rand(2, 3, 32, 32)
     shapes = {}
     for name, layer in model.named_children():
-        layer.register_forward_hook(lambda _, __, out, name=name: shapes.update({name: tuple(out.shape[1:])}))
+        layer.register_forward_hook(
+            lambda _, __, out, name=name: shapes.update({name: tuple(out.shape[1:])})
+        )
     model(images)
     assert shapes == {
         "prep": (64, 32, 32),
@@ -29,7 +31,9 @@ def test_layers_have_the_shapes_of_the_description() -> None:
         "pool": (512, 1, 1),
         "classifier": (10,),
     }
-    assert [name for name in ("layer1", "layer2", "layer3") if "body" in repr(getattr(model, name))] == [
+    assert [
+        name for name in ("layer1", "layer2", "layer3") if "body" in repr(getattr(model, name))
+    ] == [
         "layer1",
         "layer3",
     ]

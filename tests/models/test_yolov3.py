@@ -1,4 +1,4 @@
-"""The detector's shapes and size, its decoding against a triple loop, its NMS against a double one."""
+"""The detector's shapes and size, its decoding and NMS against plain loops."""
 
 import math
 
@@ -29,7 +29,9 @@ def raw_outputs(batch: int, size: int, seed: int = 0, objectness: float = 0.0) -
     outputs = []
     for stride in STRIDES:
         side = size // stride
-        output = torch.randn(batch, ANCHORS_PER_SCALE, side, side, 5 + NUM_CLASSES, generator=generator)
+        output = torch.randn(
+            batch, ANCHORS_PER_SCALE, side, side, 5 + NUM_CLASSES, generator=generator
+        )
         output[..., 4] += objectness
         outputs.append(output)
     return outputs
@@ -86,15 +88,23 @@ def test_decoding_equals_the_papers_equations_cell_by_cell() -> None:
             for anchor, (width, height) in enumerate(anchors):
                 for row in range(output.shape[2]):
                     for column in range(output.shape[3]):
-                        tx, ty, tw, th, logit, *classes = output[image, anchor, row, column].tolist()
+                        tx, ty, tw, th, logit, *classes = output[
+                            image, anchor, row, column
+                        ].tolist()
                         x, y = (column + sigmoid(tx)) * stride, (row + sigmoid(ty)) * stride
                         w, h = width * math.exp(tw), height * math.exp(th)
                         expected = [x - w / 2, y - h / 2, x + w / 2, y + h / 2]
-                        assert boxes[image, place].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-3)
-                        assert objectness[image, place].item() == pytest.approx(sigmoid(logit), rel=1e-5)
+                        assert boxes[image, place].tolist() == pytest.approx(
+                            expected, rel=1e-4, abs=1e-3
+                        )
+                        assert objectness[image, place].item() == pytest.approx(
+                            sigmoid(logit), rel=1e-5
+                        )
                         total = sum(map(math.exp, classes))
                         softmax = [math.exp(value) / total for value in classes]
-                        assert class_probs[image, place].tolist() == pytest.approx(softmax, rel=1e-5)
+                        assert class_probs[image, place].tolist() == pytest.approx(
+                            softmax, rel=1e-5
+                        )
                         place += 1
     assert place == boxes.shape[1]
 
@@ -138,7 +148,9 @@ def test_with_all_classes_a_prediction_stands_for_each_class_above_the_threshold
     scores = (objectness[:, None] * class_probs).flatten().tolist()
     labels = list(range(NUM_CLASSES)) * len(boxes)
     repeated = boxes.repeat_interleave(NUM_CLASSES, 0).tolist()
-    expected = naive_nms(repeated, scores, labels, SETTINGS["score_threshold"], SETTINGS["iou_threshold"])
+    expected = naive_nms(
+        repeated, scores, labels, SETTINGS["score_threshold"], SETTINGS["iou_threshold"]
+    )
     (detection,) = postprocess(outputs, ANCHORS, **SETTINGS, all_classes=True)
     places = detection["index"] * NUM_CLASSES + detection["labels"]
     assert places.tolist() == expected[: SETTINGS["max_detections"]]
@@ -148,8 +160,13 @@ def test_a_batch_gives_exactly_what_its_images_give_alone() -> None:
     outputs = raw_outputs(batch=9, size=128)
     together = postprocess(outputs, ANCHORS, **SETTINGS)
     for image, detection in enumerate(together):
-        (alone,) = postprocess([output[image : image + 1] for output in outputs], ANCHORS, **SETTINGS)
-        assert all(torch.equal(detection[key], alone[key]) for key in ("boxes", "scores", "labels", "index"))
+        (alone,) = postprocess(
+            [output[image : image + 1] for output in outputs], ANCHORS, **SETTINGS
+        )
+        assert all(
+            torch.equal(detection[key], alone[key])
+            for key in ("boxes", "scores", "labels", "index")
+        )
 
 
 def test_images_without_detections_give_empty_tensors() -> None:
@@ -170,10 +187,14 @@ def test_no_more_than_max_detections_stay_and_they_are_the_most_confident() -> N
     assert (every["scores"].diff() <= 0).all()
 
 
-def test_a_network_that_fires_everywhere_costs_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_that_fires_everywhere_costs_bounded_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seen = []
     original = yolov3.batched_nms
-    monkeypatch.setattr(yolov3, "batched_nms", lambda *args: seen.append(len(args[0])) or original(*args))
+    monkeypatch.setattr(
+        yolov3, "batched_nms", lambda *args: seen.append(len(args[0])) or original(*args)
+    )
     postprocess(raw_outputs(batch=1, size=416, objectness=9), ANCHORS, **SETTINGS)
     assert seen == [yolov3.MAX_CANDIDATES]
 

@@ -22,7 +22,9 @@ def make_targets(counts: list[int]) -> list[dict[str, torch.Tensor]]:
         corners = torch.rand(count, 2, 2, generator=generator) * SIZE
         boxes = torch.cat([corners.amin(1), corners.amax(1) + 1], dim=1).clamp(max=SIZE)
         labels = torch.randint(4, (count,), generator=generator)
-        targets.append({"boxes": boxes, "labels": labels, "difficult": torch.zeros(count, dtype=torch.bool)})
+        targets.append(
+            {"boxes": boxes, "labels": labels, "difficult": torch.zeros(count, dtype=torch.bool)}
+        )
     return targets
 
 
@@ -61,7 +63,9 @@ def test_a_batch_goes_to_a_device_in_one_piece_and_shares_its_block():
 def test_workers_assign_as_the_loss_was_told(workers):
     config = Config(assignment="paper", ignore_iou=0.3, img_sizes=(SIZE,))
     counts = [[4, 0, 9], [1, 1, 30]]
-    loader = DataLoader(counts, collate_fn=AssignedCollate(collate, ANCHORS, config), num_workers=workers)
+    loader = DataLoader(
+        counts, collate_fn=AssignedCollate(collate, ANCHORS, config), num_workers=workers
+    )
     for (images, targets), wanted in zip(loader, counts, strict=True):
         assert images.shape == (3, 3, SIZE, SIZE)
         scales = assign_targets(make_targets(wanted), ANCHORS, SIZE, rule="paper", ignore_iou=0.3)

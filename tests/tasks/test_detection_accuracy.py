@@ -1,4 +1,4 @@
-"""The accuracies of a detector's test: on the reference's cells, without objects flagged as difficult."""
+"""The accuracies of a detector's test: on the reference's cells, without difficult objects."""
 
 from types import SimpleNamespace
 

@@ -1,1 +1,1 @@
-"""What a detector is judged by: cell accuracies, average precision, the error budget and calibration."""
+"""What a model is judged by: cell accuracies, average precision, errors and calibration."""

@@ -10,18 +10,22 @@ import numpy as np
 from torch import Tensor
 
 from yolo.errors import UserError
-from yolo.metrics.matching import Detections, Matches, Objects, class_groups, match_greedy, match_voc
+from yolo.metrics.matching import (
+    Detections,
+    Matches,
+    Objects,
+    class_groups,
+    match_greedy,
+    match_voc,
+)
 
-# Added up as in the devkit: 0.30000000000000004 is out of reach of a recall of 0.3, which can cost 0.01 AP.
+# Added up as in the devkit: a recall of 0.3 does not reach 0.30000000000000004, up to 0.01 AP.
 VOC_RECALLS = np.arange(0, 1.1, 0.1)
 COCO_RECALLS = np.linspace(0, 1, 101)
 COCO_IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 COCO_MAX_DETECTIONS = 100  # per image and class
-COCO_AREAS = {
-    "small": (0, 32**2),
-    "medium": (32**2, 96**2),
-    "large": (96**2, 1e10),
-}  # px^2, both ends inclusive
+# px^2, both ends inclusive
+COCO_AREAS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
 
 Matching = Literal["plain", "devkit"]
 
@@ -80,8 +84,10 @@ class DetectionMetrics:
         return load_objects(self.dataset, np.unique(self.state()["images"]))
 
     def compute(self) -> dict[str, Any]:
-        """Return `map_50`, `map_50_11pt`, `map_50_95` and `per_class`, as `average_precision` does."""
-        return average_precision(self.detections(), self.objects(), self.dataset.class_names, self.matching)
+        """Return what `average_precision` says of everything collected."""
+        return average_precision(
+            self.detections(), self.objects(), self.dataset.class_names, self.matching
+        )
 
 
 def load_objects(dataset: AnnotatedImages, image_indices: Iterable[int]) -> Objects:
@@ -101,14 +107,14 @@ def check_detections(detections: Detections, dataset: AnnotatedImages) -> None:
     """Refuse detections that cannot be scored.
 
     Raises:
-        UserError: for NaN or inverted boxes, scores outside [0, 1], unknown classes; names the first.
+        UserError: for NaN or inverted boxes, scores outside [0, 1], unknown classes; names one.
     """
     boxes = detections.boxes
     problems = {
         "a box that is not finite": ~np.isfinite(boxes).all(1),
-        "a box whose right or bottom edge lies before its left or top edge": (
-            boxes[:, 2:] < boxes[:, :2]
-        ).any(1),
+        "a box whose right or bottom edge lies before its left or top edge": np.any(
+            boxes[:, 2:] < boxes[:, :2], axis=1
+        ),
         "a score outside 0 to 1": ~((detections.scores >= 0) & (detections.scores <= 1)),
         "an unknown class": ~np.isin(detections.labels, np.arange(len(dataset.class_names))),
     }
@@ -116,27 +122,31 @@ def check_detections(detections: Detections, dataset: AnnotatedImages) -> None:
         if rows.any():
             first = int(rows.argmax())
             raise UserError(
-                f"{int(rows.sum())} of {len(rows)} detections have {problem}; the first is in image "
-                f"{dataset.image_ids[detections.images[first]]}: box {boxes[first].round(1).tolist()}, "
+                f"{int(rows.sum())} of {len(rows)} detections have {problem}; the first is in "
+                f"image {dataset.image_ids[detections.images[first]]}: "
+                f"box {boxes[first].round(1).tolist()}, "
                 f"score {detections.scores[first]:.4g}, class {detections.labels[first]}"
             )
 
 
 def average_precision(
-    detections: Detections, objects: Objects, class_names: Sequence[str], matching: Matching = "plain"
+    detections: Detections,
+    objects: Objects,
+    class_names: Sequence[str],
+    matching: Matching = "plain",
 ) -> dict[str, Any]:
     """Score detections against the annotation of the same images.
 
     Args:
         detections: sorted by falling score (`Detections.by_score`).
-        objects: all annotated objects; the ignored (difficult) ones count neither for nor against.
+        objects: all annotated ones; the ignored (difficult) count neither for nor against.
         class_names: names of the labels.
         matching: `devkit` asks for an IoU above 0.5, `plain` for at least 0.5.
 
     Returns:
-        `map_50` (area under the curve), `map_50_11pt`, `map_50_95` as fractions, None without any object;
-        `per_class`, by name, with `ap_50`, `ap_50_11pt`, `ap_50_95`, `objects`, `difficult`, `detections`;
-        `classes_without_objects`, which the means leave out.
+        `map_50` (area under the curve), `map_50_11pt`, `map_50_95` as fractions, None without any
+        object; `per_class`, by name, with `ap_50`, `ap_50_11pt`, `ap_50_95`, `objects`,
+        `difficult`, `detections`; `classes_without_objects`, which the means leave out.
     """
     voc = match_voc(detections, objects, strict=matching == "devkit")
     coco_detections, coco = match_coco(detections, objects)
@@ -168,12 +178,16 @@ def match_coco(
 ) -> tuple[Detections, Matches]:
     """Match at COCO's ten IoU thresholds, within COCO's limit of detections per image and class.
 
-    Objects outside `area_range` [px^2] are ignored, and so are detections outside it that find nothing.
+    Objects outside `area_range` [px^2] are ignored, as are detections outside that find nothing.
 
     Returns:
         The detections within the limit, and their matches.
     """
-    kept = detections.at(_within_limit(detections, COCO_MAX_DETECTIONS))
+    groups, _ = class_groups(detections, objects)
+    order = np.argsort(groups, kind="stable")
+    starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
+    rank = np.arange(len(order)) - np.repeat(starts, np.diff(np.append(starts, len(order))))
+    kept = detections.at(np.sort(order[rank < COCO_MAX_DETECTIONS]))
     outside = _outside(objects.boxes, area_range)
     counted = Objects(objects.images, objects.boxes, objects.labels, objects.ignored | outside)
     matches = match_greedy(kept, counted, COCO_IOU_THRESHOLDS)
@@ -181,7 +195,9 @@ def match_coco(
     return kept, matches._replace(ignored=matches.ignored | unfound)
 
 
-def ap_by_size(detections: Detections, objects: Objects, class_names: Sequence[str]) -> dict[str, Any]:
+def ap_by_size(
+    detections: Detections, objects: Objects, class_names: Sequence[str]
+) -> dict[str, Any]:
     """Return `ap_50`, `ap_50_95` and `objects` for COCO's small, medium and large objects.
 
     The sizes are areas in pixels of the original image, parted at 32 x 32 and 96 x 96.
@@ -191,12 +207,16 @@ def ap_by_size(detections: Detections, objects: Objects, class_names: Sequence[s
         kept, matches = match_coco(detections, objects, area_range)
         counted = ~objects.ignored & ~_outside(objects.boxes, area_range)
         per_class = [
-            precision_recall(matches, kept.labels == label, int((counted & (objects.labels == label)).sum()))
+            precision_recall(
+                matches, kept.labels == label, int((counted & (objects.labels == label)).sum())
+            )
             for label in range(len(class_names))
         ]
         report[name] = {
             "ap_50": mean_of(coco_ap(*curves[0]) for curves in per_class),
-            "ap_50_95": mean_of(mean_of(coco_ap(*curve) for curve in curves) for curves in per_class),
+            "ap_50_95": mean_of(
+                mean_of(coco_ap(*curve) for curve in curves) for curves in per_class
+            ),
             "objects": int(counted.sum()),
         }
     return report
@@ -212,9 +232,9 @@ def precision_recall(
     curves = []
     for right, ignored in zip(matches.right, matches.ignored, strict=True):
         hits = right[rows & ~ignored]
-        found = hits.cumsum()
-        recall = found / num_objects if num_objects else np.full(max(1, len(hits)), np.nan)
-        precision = found / np.arange(1, len(hits) + 1)
+        total = hits.cumsum()
+        recall = total / num_objects if num_objects else np.full(max(1, len(hits)), np.nan)
+        precision = total / np.arange(1, len(hits) + 1)
         curves.append((precision, recall))
     return curves
 
@@ -260,12 +280,3 @@ def _sampled_ap(precision: np.ndarray, recall: np.ndarray, at: np.ndarray) -> fl
 def _outside(boxes: np.ndarray, area_range: tuple[float, float]) -> np.ndarray:
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     return (area < area_range[0]) | (area > area_range[1])
-
-
-def _within_limit(detections: Detections, limit: int) -> np.ndarray:
-    """Return the positions (rising) of the `limit` most confident detections of each image and class."""
-    groups = class_groups(detections, int(detections.labels.max(initial=0)) + 1)
-    order = np.argsort(groups, kind="stable")
-    starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
-    rank = np.arange(len(order)) - np.repeat(starts, np.diff(np.append(starts, len(order))))
-    return np.sort(order[rank < limit])

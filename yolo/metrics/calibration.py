@@ -14,20 +14,24 @@ def calibration(confidence: np.ndarray, correct: np.ndarray) -> dict[str, Any]:
     """Compare confidence [N] with the hit rate of `correct` [N] (bool), in bins of equal width.
 
     Returns:
-        `expected_error`: the mean gap between the two, weighted by predictions (ECE, equation 3 of the
-        paper), None without any; `bins`: the occupied ones, each with `confidence`, `accuracy` and `count`.
+        `expected_error`: the mean gap between the two, weighted by predictions (ECE, equation 3 of
+        the paper), None without any; `bins`: the occupied ones, each with `confidence`, `accuracy`
+        and `count`.
     """
     place = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
     count = np.bincount(place, minlength=CALIBRATION_BINS)
     occupied = np.flatnonzero(count)
-    sums = (np.bincount(place, weights, CALIBRATION_BINS)[occupied] for weights in (confidence, correct))
-    mean_confidence, accuracy = (total / count[occupied] for total in sums)
+    share = count[occupied]
+    mean_confidence, accuracy = (
+        np.bincount(place, weights, CALIBRATION_BINS)[occupied] / share
+        for weights in (confidence, correct)
+    )
     gaps = np.abs(mean_confidence - accuracy)
     return {
-        "expected_error": float((gaps * count[occupied]).sum() / count.sum()) if len(occupied) else None,
+        "expected_error": float((gaps * share).sum() / share.sum()) if len(share) else None,
         "bins": [
             {"confidence": float(c), "accuracy": float(a), "count": int(n)}
-            for c, a, n in zip(mean_confidence, accuracy, count[occupied], strict=True)
+            for c, a, n in zip(mean_confidence, accuracy, share, strict=True)
         ],
     }
 
@@ -35,10 +39,10 @@ def calibration(confidence: np.ndarray, correct: np.ndarray) -> dict[str, Any]:
 def fit_objectness(
     logits: Tensor, class_probs: Tensor, scales: Tensor, right: Tensor, num_scales: int = 3
 ) -> Tensor:
-    """Return the a and b [S, 2] per scale that make sigmoid(a * logit + b) * class_prob most likely.
+    """Return per scale the a and b [S, 2] that make sigmoid(a logit + b) class_prob most likely.
 
-    It is Platt's scaling of the objectness alone, by maximum likelihood: which class it is was learned
-    by comparison, but how often anything is there at all is not the same on all scales.
+    It is Platt's scaling of the objectness alone, by maximum likelihood: which class it is was
+    learned by comparison, but how often anything is there at all is not the same on all scales.
 
     Args:
         logits: [N] objectness of detections, before the sigmoid.

@@ -1,4 +1,4 @@
-"""What a classifier is judged by: accuracy, in all and per class, the confusion matrix, and calibration."""
+"""What a classifier is judged by: accuracy, per class too, confusion matrix and calibration."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -43,7 +43,7 @@ class ClassificationMetrics:
     def merge(self, states: Sequence[dict[str, np.ndarray]]) -> None:
         """Replace what is kept by the states of all ranks (this one's included).
 
-        Rank r of R tested the images r, r + R, r + 2R, ...: the result is in the order of the data set.
+        Rank r of R tested the images r, r + R, ...: the result is in the order of the data set.
         """
         for key in self._kept:
             merged = np.empty(sum(len(state[key]) for state in states), self._kept[key].dtype)
@@ -54,8 +54,9 @@ class ClassificationMetrics:
     def compute(self) -> dict[str, Any]:
         """Return fractions in [0, 1], or None where there was no image.
 
-        `accuracy`, `mean_class_accuracy`, `nll` (nats per image), `per_class` (name -> accuracy, images),
-        `confusion_matrix` (rows true, columns predicted, counts) and `calibration` (see `calibration`).
+        `accuracy`, `mean_class_accuracy`, `nll` (nats per image), `per_class` (name -> accuracy,
+        images), `confusion_matrix` (rows true, columns predicted, counts) and `calibration` (see
+        `calibration`).
         """
         matrix = self.confusion_matrix()
         images, hits = matrix.sum(1), matrix.diagonal()

@@ -1,9 +1,10 @@
-"""Where the errors are: what each kind costs in mAP (after TIDE, Bolya et al. 2020), what is taken for what.
+"""What each kind of error costs in mAP (after TIDE, Bolya et al. 2020), what is taken for what.
 
-Every wrong detection is of one kind, decided in this order by its overlaps with the objects of its image:
-localisation (its own class, IoU 0.1 to 0.5), classification (another class, at least 0.5), duplicate (its own
-class, at least 0.5, found already), background (less than 0.1 with everything), both (the rest). An object is
-missed when no detection found it, nor would if its class or its box were right.
+Every wrong detection is of one kind, decided in this order by its overlaps with the objects of its
+image: localisation (its own class, IoU 0.1 to 0.5), classification (another class, at least 0.5),
+duplicate (its own class, at least 0.5, found already), background (less than 0.1 with everything),
+both (the rest). An object is missed when no detection found it, nor would if its class or its box
+were right.
 """
 
 from dataclasses import dataclass
@@ -50,45 +51,53 @@ def find_errors(detections: Detections, objects: Objects, matches: Matches) -> E
 def error_budget(
     detections: Detections, objects: Objects, matches: Matches, errors: Errors, num_classes: int
 ) -> dict[str, dict[str, float | int | None]]:
-    """Return for each kind of error its `count` and `map_cost`, the mAP@0.5 gained if only it were mended.
+    """Return each kind of error's `count` and `map_cost`, the mAP@0.5 gained by mending it alone.
 
-    Of the detections with a wrong class (or box), the most confident one for each object not found becomes
-    right and the others vanish; duplicates, background and both vanish; missed objects are no longer asked
-    for. `false_positive` removes every wrong detection, `false_negative` asks only for what was found. Costs
-    do not add up: mending one kind changes what another costs.
+    Of the detections with a wrong class (or box), the most confident one for each object not found
+    becomes right and the others vanish; duplicates, background and both vanish; missed objects are
+    no longer asked for. `false_positive` removes every wrong detection, `false_negative` asks only
+    for what was found. Costs do not add up: mending one kind changes what another costs.
     """
     right, ignored = matches.right[0], matches.ignored[0]
-    labels, wanted = detections.labels, ~objects.ignored
+    labels, counted = detections.labels, ~objects.ignored
     found = np.zeros(len(objects), bool)
     found[matches.objects[0][right]] = True
     wrong = errors.kinds >= 0
+    classes = np.unique(objects.labels[counted])
 
     def mean_ap(
         labels: np.ndarray, right: np.ndarray, dropped: np.ndarray, asked: np.ndarray
     ) -> float | None:
         mended = Matches(right[None], (dropped & ~right)[None], matches.objects)
-        return _mean_ap(labels, mended, objects.labels, asked, wanted, num_classes)
+        totals = np.bincount(objects.labels[asked], minlength=num_classes).tolist()
+        curves = ((totals[c], precision_recall(mended, labels == c, totals[c])[0]) for c in classes)
+        return mean_of(area_ap(*curve) if total else 1.0 for total, curve in curves)
 
     mended_maps = {
-        "missed": mean_ap(labels, right, ignored, wanted & ~errors.missed),
-        "false_positive": mean_ap(labels, right, ignored | wrong, wanted),
+        "missed": mean_ap(labels, right, ignored, counted & ~errors.missed),
+        "false_positive": mean_ap(labels, right, ignored | wrong, counted),
         "false_negative": mean_ap(labels, right, ignored, found),
     }
     for kind in (CLASSIFICATION, LOCALISATION, BOTH, DUPLICATE, BACKGROUND):
         rows = errors.kinds == kind
-        winners = _first_for_each(errors.targets, rows, wanted & ~found)
+        aimed = np.flatnonzero(rows & (errors.targets >= 0))
+        aimed = aimed[(counted & ~found)[errors.targets[aimed]]]
+        winners = aimed[np.unique(errors.targets[aimed], return_index=True)[1]]
         mended_labels, mended_right = labels.copy(), right.copy()
         mended_labels[winners] = objects.labels[errors.targets[winners]]
         mended_right[winners] = True
-        mended_maps[KINDS[kind]] = mean_ap(mended_labels, mended_right, ignored | rows, wanted)
-    before = mean_ap(labels, right, ignored, wanted)
+        mended_maps[KINDS[kind]] = mean_ap(mended_labels, mended_right, ignored | rows, counted)
+    before = mean_ap(labels, right, ignored, counted)
     counts = {name: int((errors.kinds == kind).sum()) for kind, name in enumerate(KINDS)} | {
         "missed": int(errors.missed.sum()),
         "false_positive": int(wrong.sum()),
-        "false_negative": int((wanted & ~found).sum()),
+        "false_negative": int((counted & ~found).sum()),
     }
     return {
-        name: {"count": count, "map_cost": None if before is None else (mended_maps[name] or 0) - before}
+        name: {
+            "count": count,
+            "map_cost": None if before is None else (mended_maps[name] or 0) - before,
+        }
         for name, count in counts.items()
     }
 
@@ -96,8 +105,8 @@ def error_budget(
 def confusion_matrix(detections: Detections, objects: Objects, num_classes: int) -> np.ndarray:
     """Count which class was found as which.
 
-    Objects are paired with detections of IoU >= 0.5 by falling score, first within the classes, then what is
-    left across them. Ignored objects and their detections are left out.
+    Objects are paired with detections of IoU >= 0.5 by falling score, first within the classes,
+    then what is left across them. Ignored objects and their detections are left out.
 
     Args:
         detections: sorted by falling score; those that would be shown, not the whole list for mAP.
@@ -105,8 +114,9 @@ def confusion_matrix(detections: Detections, objects: Objects, num_classes: int)
         num_classes: C.
 
     Returns:
-        Counts int64 [C + 1, C + 1], rows the truth, columns the detections; the last row and column are the
-        background: detections of nothing (or of an object found already) and objects not found.
+        Counts int64 [C + 1, C + 1], rows the truth, columns the detections; the last row and column
+        are the background: detections of nothing (or of an object found already) and objects not
+        found.
     """
     threshold = np.array([FOREGROUND_IOU])
     same = match_greedy(detections, objects, threshold).objects[0]
@@ -123,7 +133,9 @@ def confusion_matrix(detections: Detections, objects: Objects, num_classes: int)
     unfound = ~objects.ignored
     unfound[partner[partner >= 0]] = False
     truth = np.concatenate([truth_of[partner[counted]], objects.labels[unfound]])
-    predicted = np.concatenate([detections.labels[counted], np.full(int(unfound.sum()), num_classes)])
+    predicted = np.concatenate(
+        [detections.labels[counted], np.full(int(unfound.sum()), num_classes)]
+    )
     size = num_classes + 1
     return np.bincount(truth * size + predicted, minlength=size**2).reshape(size, size)
 
@@ -134,7 +146,7 @@ def worst_false_positives(errors: Errors, limit: int) -> np.ndarray:
 
 
 def largest_misses(objects: Objects, found: np.ndarray, limit: int) -> np.ndarray:
-    """Return the largest objects that are neither ignored nor among `found` (object numbers, -1 for none)."""
+    """Return the largest objects that are neither ignored nor among `found` (numbers, -1: none)."""
     missed = ~objects.ignored
     missed[found[found >= 0]] = False
     size = objects.boxes[:, 2:] - objects.boxes[:, :2]
@@ -145,7 +157,7 @@ def largest_misses(objects: Objects, found: np.ndarray, limit: int) -> np.ndarra
 def _best_overlap(
     detections: Detections, objects: Objects, *, same_class: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each detection its highest IoU with an object of its image, and that object (else -1)."""
+    """Return each detection's highest IoU with an object of its image, and that object or -1."""
     best_iou, best = np.zeros(len(detections)), np.full(len(detections), -1)
     for pairs in overlapping_pairs(detections, objects, detections.images, objects.images):
         same = detections.labels[pairs.detections] == objects.labels[pairs.objects]
@@ -154,27 +166,3 @@ def _best_overlap(
         detection, first = np.unique(pairs.detections[order], return_index=True)
         best_iou[detection], best[detection] = pairs.iou[order[first]], pairs.objects[order[first]]
     return best_iou, best
-
-
-def _mean_ap(
-    labels: np.ndarray,
-    matches: Matches,
-    object_labels: np.ndarray,
-    asked: np.ndarray,
-    wanted: np.ndarray,
-    num_classes: int,
-) -> float | None:
-    """Return the mean area AP over the classes with `wanted` objects; 1 where none of them is `asked` for."""
-    totals = np.bincount(object_labels[asked], minlength=num_classes)
-    classes = np.unique(object_labels[wanted])
-    return mean_of(
-        area_ap(*precision_recall(matches, labels == label, int(totals[label]))[0]) if totals[label] else 1.0
-        for label in classes
-    )
-
-
-def _first_for_each(targets: np.ndarray, rows: np.ndarray, allowed: np.ndarray) -> np.ndarray:
-    """Return, for each allowed object, the first of `rows` that aims at it."""
-    candidates = np.flatnonzero(rows & (targets >= 0))
-    candidates = candidates[allowed[targets[candidates]]]
-    return candidates[np.unique(targets[candidates], return_index=True)[1]]

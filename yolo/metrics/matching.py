@@ -1,7 +1,8 @@
-"""Which detection found which object: the VOC devkit's rule and COCO's, vectorised over images and classes.
+"""Which detection found which object: by the VOC devkit's rule and by COCO's.
 
-Detections and objects of all images lie in flat arrays. Only boxes of the same group (image and class) are
-compared, a bounded number of pairs at a time: memory grows with the number of detections, not its square.
+Detections and objects of all images are in flat arrays. Only boxes of the same group (image and
+class) are compared, a bounded number of pairs at a time: memory grows with the number of
+detections, not its square.
 """
 
 from collections.abc import Iterator
@@ -53,7 +54,7 @@ class Objects:
 
 
 class Matches(NamedTuple):
-    """What became of N detections at T IoU thresholds; a detection neither right nor ignored is wrong."""
+    """What became of N detections at T IoU thresholds: right, ignored, or else wrong."""
 
     right: np.ndarray  # [T, N] bool
     ignored: np.ndarray  # [T, N] bool
@@ -68,9 +69,10 @@ class Pairs(NamedTuple):
     iou: np.ndarray  # [P]
 
 
-def class_groups(items: Detections | Objects, num_classes: int) -> np.ndarray:
-    """Return one number per (image, class)."""
-    return items.images * num_classes + items.labels
+def class_groups(detections: Detections, objects: Objects) -> tuple[np.ndarray, np.ndarray]:
+    """Return one number per (image, class) for the detections [N], and for the objects [M]."""
+    size = int(max(detections.labels.max(initial=0), objects.labels.max(initial=0))) + 1
+    return detections.images * size + detections.labels, objects.images * size + objects.labels
 
 
 def overlapping_pairs(
@@ -81,7 +83,7 @@ def overlapping_pairs(
     min_iou: float = 0.0,
     max_pairs: int = MAX_PAIRS,
 ) -> Iterator[Pairs]:
-    """Yield the pairs within each group that overlap by at least `min_iou` (and at all), in bounded portions.
+    """Yield the pairs of each group that overlap by `min_iou` (and at all), in bounded portions.
 
     A portion holds all pairs of its detections, but not always of their groups.
     """
@@ -104,7 +106,7 @@ def overlapping_pairs(
 def paired_iou(boxes_a: np.ndarray, boxes_b: np.ndarray) -> np.ndarray:
     """Return the IoU [N] of boxes [N, 4] with their partners [N, 4], computed in float64.
 
-    Right and bottom edges are exclusive; on the devkit's inclusive pixels that is its +1 arithmetic.
+    Right and bottom edges are exclusive; on the devkit's inclusive pixels that is its + 1.
     """
     a, b = boxes_a.astype(np.float64).T, boxes_b.astype(np.float64).T
     width = np.minimum(a[2], b[2]) - np.maximum(a[0], b[0])
@@ -117,30 +119,24 @@ def paired_iou(boxes_a: np.ndarray, boxes_b: np.ndarray) -> np.ndarray:
 def match_voc(
     detections: Detections, objects: Objects, iou_threshold: float = 0.5, strict: bool = False
 ) -> Matches:
-    """Match as the VOC devkit does: a detection is judged by the object of its class that it overlaps most.
+    """Match as the VOC devkit does: a detection counts by the object that it overlaps most.
 
-    It is right if that object is found for the first time, ignored if the object is, and otherwise wrong: a
-    detection never falls back to its second choice.
+    It is right if that object is found for the first time, ignored if the object is, and otherwise
+    wrong: a detection never falls back to its second choice.
 
     Args:
         detections: sorted by falling score.
         objects: of the same images.
         iou_threshold: least overlap.
-        strict: the overlap must exceed the threshold, as the VOC text says (VOCevaldet.m itself takes >=).
+        strict: the overlap must exceed the threshold, as in VOC's text (VOCevaldet.m takes >=).
 
     Returns:
         Matches with T = 1.
     """
-    num_classes = _num_classes(detections, objects)
     found = np.full(len(detections), -1)
-    for pairs in overlapping_pairs(
-        detections,
-        objects,
-        class_groups(detections, num_classes),
-        class_groups(objects, num_classes),
-        iou_threshold,
-    ):
-        # The first pair of each detection is the best: highest overlap, then first in the annotation.
+    groups = class_groups(detections, objects)
+    for pairs in overlapping_pairs(detections, objects, *groups, iou_threshold):
+        # The first pair of each detection is the best: highest overlap, then first annotated.
         order = np.lexsort((pairs.objects, -pairs.iou, pairs.detections))
         detection, position = np.unique(pairs.detections[order], return_index=True)
         best = order[position]
@@ -160,10 +156,10 @@ def match_greedy(
     detection_groups: np.ndarray | None = None,
     object_groups: np.ndarray | None = None,
 ) -> Matches:
-    """Match as COCO does: by falling score, each detection takes the best object of its group still free.
+    """Match as COCO does: by falling score, a detection takes the best free object of its group.
 
-    An object that counts is preferred to an ignored one; among equal overlaps the last annotated wins, as in
-    pycocotools. All groups advance together: round r places the r-th candidate of each.
+    An object that counts is preferred to an ignored one; among equal overlaps the last annotated
+    wins, as in pycocotools. All groups advance together: round r places the r-th candidate of each.
 
     Args:
         detections: sorted by falling score.
@@ -176,20 +172,19 @@ def match_greedy(
         Matches [T, N].
     """
     if detection_groups is None or object_groups is None:
-        num_classes = _num_classes(detections, objects)
-        detection_groups = class_groups(detections, num_classes)
-        object_groups = class_groups(objects, num_classes)
+        detection_groups, object_groups = class_groups(detections, objects)
     thresholds = np.minimum(iou_thresholds, 1 - 1e-10)[:, None]
     found = np.full((len(thresholds), len(detections)), -1)
     free = np.ones((len(thresholds), len(objects)), bool)
     by_group = np.argsort(detection_groups, kind="stable")
-    portions = overlapping_pairs(
-        detections.at(by_group), objects, detection_groups[by_group], object_groups, float(thresholds[0, 0])
-    )
-    for pairs in portions:
+    groups = detection_groups[by_group], object_groups
+    ordered, least = detections.at(by_group), float(thresholds[0, 0])
+    for pairs in overlapping_pairs(ordered, objects, *groups, least):
         # Best partner first, so that the first pair still free is the one to take.
-        order = np.lexsort((-pairs.objects, -pairs.iou, objects.ignored[pairs.objects], pairs.detections))
-        detection, gt, iou = by_group[pairs.detections[order]], pairs.objects[order], pairs.iou[order]
+        ignored = objects.ignored[pairs.objects]
+        order = np.lexsort((-pairs.objects, -pairs.iou, ignored, pairs.detections))
+        detection, gt = by_group[pairs.detections[order]], pairs.objects[order]
+        iou = pairs.iou[order]
         for rows, starts in _rounds(pairs.detections[order], detection_groups[detection]):
             open_pairs = free[:, gt[rows]] & (iou[rows] >= thresholds)
             position = np.where(open_pairs, np.arange(len(rows)), len(rows))
@@ -204,7 +199,7 @@ def match_greedy(
 
 
 def _rounds(detections: np.ndarray, groups: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Split pairs (sorted by group, then detection) into rounds holding one detection of each group.
+    """Split pairs (sorted by group, then detection) into rounds of one detection of each group.
 
     Yields:
         The pairs' positions, and where each detection's segment starts among them.
@@ -217,7 +212,3 @@ def _rounds(detections: np.ndarray, groups: np.ndarray) -> Iterator[tuple[np.nda
     for rows in np.split(by_rank, np.flatnonzero(np.diff(rank[by_rank])) + 1):
         if len(rows):
             yield rows, np.flatnonzero(new_detection[rows])
-
-
-def _num_classes(detections: Detections, objects: Objects) -> int:
-    return int(max(detections.labels.max(initial=0), objects.labels.max(initial=0))) + 1

@@ -1,4 +1,4 @@
-"""Everything that is said about a detector's boxes, as one dictionary for `results.json` and the figures."""
+"""Everything that is said about a detector's boxes: one dictionary for results and figures."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,14 +19,17 @@ SHOWN_SCORE = 0.3  # from here on a detection counts as one that a person would 
 
 
 def detection_report(
-    detections: Detections, objects: Objects, class_names: Sequence[str], matching: Matching = "plain"
+    detections: Detections,
+    objects: Objects,
+    class_names: Sequence[str],
+    matching: Matching = "plain",
 ) -> dict[str, Any]:
     """Describe detections (by falling score) of the images that `objects` annotate.
 
     Returns:
         What `average_precision` returns, and beside it `by_size`, `errors` (see `error_budget`),
-        `precision_recall` (per class, the best precision at 101 recalls), `confusion_matrix` and `shown` (at
-        `SHOWN_SCORE`), and `calibration`.
+        `precision_recall` (per class, the best precision at 101 recalls), `confusion_matrix` and
+        `shown` (at `SHOWN_SCORE`), and `calibration`.
     """
     matches = match_voc(detections, objects, strict=matching == "devkit")
     errors = find_errors(detections, objects, matches)

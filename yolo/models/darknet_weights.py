@@ -1,11 +1,11 @@
-"""Darknet's binary `.weights` files: `darknet53.conv.74`, `yolov3.weights`, or any cut between convolutions.
+"""Darknet's binary `.weights` files: `darknet53.conv.74`, `yolov3.weights`, or any other cut.
 
-Format (Darknet's `src/parser.c`, `load_weights_upto`): int32 major, minor and revision, the number of images
-seen (int64 from version 0.2 on, int32 before), then little-endian float32. A convolution with batch
-normalisation stores bias, scale, running mean and running variance, then the kernel; the last convolution of
-a head its bias, then the kernel. The channels of its heads are in our order (`tx, ty, tw, th, objectness,
-classes` per anchor), but its classes are trained as independent sigmoids, and its batch normalisation adds
-epsilon to the deviation instead of the variance.
+Format (Darknet's `src/parser.c`, `load_weights_upto`): int32 major, minor and revision, the number
+of images seen (int64 from version 0.2 on, int32 before), then little-endian float32. A convolution
+with batch normalisation stores bias, scale, running mean and running variance, then the kernel; the
+last convolution of a head its bias, then the kernel. The channels of its heads are in our order
+(`tx, ty, tw, th, objectness, classes` per anchor), but its classes are trained as independent
+sigmoids, and its batch normalisation adds epsilon to the deviation instead of the variance.
 """
 
 import struct
@@ -23,7 +23,8 @@ from yolo.models.darknet import ConvBnAct
 from yolo.models.yolov3 import ANCHORS_PER_SCALE, YoloV3
 
 BACKBONE_CONVOLUTIONS = 52  # what `darknet53.conv.74` holds
-MAX_CLASSES = 10_000  # beyond this a number of classes is taken for an accident of the file's length
+# beyond this a number of classes is taken for an accident of the file's length
+MAX_CLASSES = 10_000
 
 
 class DarknetConv(NamedTuple):
@@ -50,7 +51,7 @@ class DarknetConv(NamedTuple):
 
 
 class DarknetCut(NamedTuple):
-    """What a file holds: the first `convolutions` of the network, with heads for `num_classes` classes."""
+    """What a file holds: the first `convolutions`, with heads for `num_classes` classes."""
 
     convolutions: int
     num_classes: int
@@ -65,7 +66,7 @@ class DarknetFile(NamedTuple):
 
 
 def darknet_convolutions(model: YoloV3) -> list[DarknetConv]:
-    """Return the 75 convolutions in the order of `yolov3.cfg`: backbone; neck, head and lateral per scale."""
+    """Return the 75 convolutions as in `yolov3.cfg`: backbone; per scale neck, head, lateral."""
     parts: list[tuple[str, nn.Module]] = [("backbone", model.backbone)]
     for scale, (neck, head) in enumerate(zip(model.necks, model.heads, strict=True)):
         parts += [(f"necks.{scale}", neck), (f"heads.{scale}", head)]
@@ -98,13 +99,18 @@ def read_darknet(path: Path) -> DarknetFile:
         raise UserError(f"{path}: is no Darknet weights file ({len(data)} bytes)")
     major, minor, revision = struct.unpack_from("<3i", data)
     if not (0 <= major < 100 and 0 <= minor < 100 and 0 <= revision < 100):
-        raise UserError(f"{path}: is no Darknet weights file (its header reads {major}, {minor}, {revision})")
+        raise UserError(
+            f"{path}: is no Darknet weights file (its header reads {major}, {minor}, {revision})"
+        )
     seen_format = "<q" if major * 10 + minor >= 2 else "<i"
     start = 12 + struct.calcsize(seen_format)
     if len(data) % 4:
-        raise UserError(f"{path}: is truncated ({len(data):,} bytes are no whole number of float32)")
+        raise UserError(
+            f"{path}: is truncated ({len(data):,} bytes are no whole number of float32)"
+        )
     (images_seen,) = struct.unpack_from(seen_format, data, 12)
-    return DarknetFile((major, minor, revision), images_seen, np.frombuffer(data, "<f4", offset=start))
+    values = np.frombuffer(data, "<f4", offset=start)
+    return DarknetFile((major, minor, revision), images_seen, values)
 
 
 def write_darknet(
@@ -123,11 +129,13 @@ def write_darknet(
                 file.write(tensor.detach().float().cpu().numpy().astype("<f4").tobytes())
 
 
-def find_cut(convolutions: Sequence[DarknetConv], num_values: int, num_classes: int) -> DarknetCut | None:
+def find_cut(
+    convolutions: Sequence[DarknetConv], num_values: int, num_classes: int
+) -> DarknetCut | None:
     """Return the cut at which this network has stored exactly `num_values`, or None.
 
-    The file does not say how many classes its heads have, but its length does. Where several answers fit, the
-    model's own number of classes comes first, then the whole network.
+    The file does not say how many classes its heads have, but its length does. Where several
+    answers fit, the model's own number of classes comes first, then the whole network.
     """
     cuts = []
     fixed, per_class = 0, 0  # the values so far are fixed + per_class * classes
@@ -135,23 +143,23 @@ def find_cut(convolutions: Sequence[DarknetConv], num_values: int, num_classes: 
         without = conv.num_values(0)
         fixed += without
         per_class += conv.num_values(1) - without
-        classes, remainder = (
-            divmod(num_values - fixed, per_class) if per_class else (num_classes, num_values - fixed)
-        )
+        classes, remainder = num_classes, num_values - fixed
+        if per_class:
+            classes, remainder = divmod(remainder, per_class)
         if remainder == 0 and 0 < classes <= MAX_CLASSES:
             cuts.append(DarknetCut(count, classes))
-    return max(cuts, key=lambda cut: (cut.num_classes == num_classes, cut.convolutions), default=None)
+    return max(cuts, key=lambda cut: (cut.num_classes == num_classes, cut[0]), default=None)
 
 
 def load_darknet(model: YoloV3, path: Path) -> DarknetCut:
-    """Copy a file into the model, in place; heads for another number of classes are left as they are.
+    """Copy a file into the model, in place, but no heads for another number of classes.
 
     Returns:
         What the file held.
 
     Raises:
-        UserError: for a file that is truncated, not Darknet's, or cut within a convolution; the model is then
-            unchanged.
+        UserError: for a file that is truncated, not Darknet's, or cut within a convolution; the
+            model is then unchanged.
     """
     values = read_darknet(path).values
     convolutions = darknet_convolutions(model)
@@ -159,23 +167,20 @@ def load_darknet(model: YoloV3, path: Path) -> DarknetCut:
     if cut is None:
         raise UserError(f"{path}: {_where_it_ends(convolutions, len(values), model.num_classes)}")
     if not np.isfinite(values).all():
-        raise UserError(f"{path}: holds values that are not finite; it is damaged or no Darknet weights file")
+        raise UserError(
+            f"{path}: holds values that are not finite; it is damaged or no Darknet weights file"
+        )
     start = 0
     with torch.no_grad():
         for conv in convolutions[: cut.convolutions]:
             size = conv.num_values(cut.num_classes)
             if conv.norm is not None or cut.num_classes == model.num_classes:
-                _fill(conv.tensors(), values[start : start + size])
+                tensors, stored = conv.tensors(), torch.tensor(values[start : start + size])
+                parts = stored.split([tensor.numel() for tensor in tensors])
+                for tensor, part in zip(tensors, parts, strict=True):
+                    tensor.copy_(part.view_as(tensor))
             start += size
     return cut
-
-
-def _fill(tensors: Sequence[Tensor], values: np.ndarray) -> None:
-    start = 0
-    for tensor in tensors:
-        stored = values[start : start + tensor.numel()]
-        tensor.copy_(torch.from_numpy(stored.copy()).view_as(tensor))
-        start += tensor.numel()
 
 
 def _where_it_ends(convolutions: Sequence[DarknetConv], num_values: int, num_classes: int) -> str:
@@ -184,5 +189,7 @@ def _where_it_ends(convolutions: Sequence[DarknetConv], num_values: int, num_cla
         end += conv.num_values(num_classes)
         if num_values < end:
             place = f"convolution {count} of {len(convolutions)} ({conv.name})"
-            return f"its {num_values:,} values end inside {place}; is it truncated, or of another --width?"
-    return f"its {num_values:,} values are more than this network's {end:,}; is it of another --width?"
+            what = f"its {num_values:,} values end inside {place}"
+            return f"{what}; is it truncated, or of another --width?"
+    what = f"its {num_values:,} values are more than this network's {end:,}"
+    return f"{what}; is it of another --width?"

@@ -1,11 +1,12 @@
-"""A custom ResNet for 32 x 32 images: prep layer, three pooled layers, two of them with a residual block."""
+"""A custom ResNet for 32 x 32 images: a first layer, then three that pool, two with a residual."""
 
 import torch
 from torch import Tensor, nn
 
 from yolo.models.darknet import ConvBnAct, images_to_float, scaled
 
-LOGIT_SCALE = 0.125  # one step of Adam moves a sum over 512 features by much; factor of Page 2018, "ResNet-9"
+# one step of Adam moves a sum over 512 features by much; factor of Page 2018, "ResNet-9"
+LOGIT_SCALE = 0.125
 
 
 class PooledLayer(nn.Sequential):
@@ -50,6 +51,7 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images [B, 3, 32, 32], uint8 or float in [0, 1], to logits [B, num_classes]."""
-        x = self.prep(images_to_float(images) * 4 - 2)  # [0, 1] -> about unit variance around the middle grey
+        # [0, 1] -> about unit variance around the middle grey
+        x = self.prep(images_to_float(images) * 4 - 2)
         x = self.pool(self.layer3(self.layer2(self.layer1(x))))
         return self.classifier(torch.flatten(x, 1)) * LOGIT_SCALE

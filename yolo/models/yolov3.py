@@ -1,4 +1,4 @@
-"""YOLOv3 (Redmon & Farhadi 2018): a backbone, three heads from coarse to fine, and their decoding."""
+"""YOLOv3 (Redmon & Farhadi 2018): a backbone, heads from coarse to fine, and their decoding."""
 
 import math
 from collections.abc import Sequence
@@ -17,8 +17,10 @@ from yolo.models.darknet import ConvBnAct, images_to_float, scaled
 STRIDES = (32, 16, 8)  # coarse to fine, as in the paper and in Darknet
 ANCHORS_PER_SCALE = 3
 OBJECTNESS_PRIOR = 0.01
-MAX_CANDIDATES = 2000  # per image: an untrained network may fire in every cell, and NMS is quadratic
-MERGE_IOU = 0.6  # boxes of one class that overlap the kept one by more than this have a say in where it is
+# per image: an untrained network may fire in every cell, and NMS is quadratic
+MAX_CANDIDATES = 2000
+# boxes of one class that overlap the kept one by more than this have a say in where it is
+MERGE_IOU = 0.6
 MAX_LOG_SCALE = 6.0  # exp(6) anchors are wider than any image: keeps a decoded box finite
 
 
@@ -27,8 +29,9 @@ class YoloV3(nn.Module):
 
     `width` scales every channel count but those of a backbone of timm.
 
-    Per scale, `necks[i]` is the five-convolution block and `heads[i]` the 3x3 and the biased 1x1 convolution
-    that give `tx, ty, tw, th, objectness, classes`; `laterals[i]` carries scale i to the next finer one.
+    Per scale, `necks[i]` is the five-convolution block and `heads[i]` the 3x3 and the biased 1x1
+    convolution that give `tx, ty, tw, th, objectness, classes`; `laterals[i]` carries scale i to
+    the next finer one.
     """
 
     def __init__(self, num_classes: int, width: float = 1.0, backbone: str = "darknet53") -> None:
@@ -45,7 +48,9 @@ class YoloV3(nn.Module):
                 _neck(fine + half[c3], half[c3], c3),
             ]
         )
-        self.laterals = nn.ModuleList([ConvBnAct(half[c5], half[c4], 1), ConvBnAct(half[c4], half[c3], 1)])
+        self.laterals = nn.ModuleList(
+            [ConvBnAct(half[c5], half[c4], 1), ConvBnAct(half[c4], half[c3], 1)]
+        )
         outputs = ANCHORS_PER_SCALE * (5 + num_classes)
         self.heads = nn.ModuleList(
             nn.Sequential(ConvBnAct(half[c], c, 3), nn.Conv2d(c, outputs, 1)) for c in (c5, c4, c3)
@@ -54,10 +59,11 @@ class YoloV3(nn.Module):
         self._init_weights()
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Map images [B, 3, S, S], uint8 or float in [0, 1], S a multiple of 32, to one raw output per scale.
+        """Map images [B, 3, S, S], uint8 or float in [0, 1], to one raw output per scale.
 
         Returns:
-            Three tensors [B, A, S/stride, S/stride, 5 + C] for strides 32, 16 and 8.
+            Three tensors [B, A, S/stride, S/stride, 5 + C] for strides 32, 16 and 8; S is a
+            multiple of 32.
         """
         return self.trace(images)[1]
 
@@ -82,7 +88,7 @@ class YoloV3(nn.Module):
         return self.upsample(self.laterals[scale](features))
 
     def predict(self, scale: int, features: Tensor) -> Tensor:
-        """Apply the head of one scale to the output [B, C', H, W] of its neck; return [B, A, H, W, 5 + C]."""
+        """Map the output [B, C', H, W] of a scale's neck to its raw output [B, A, H, W, 5 + C]."""
         raw = self.heads[scale](features)
         batch, _, height, width = raw.shape
         shaped = raw.view(batch, ANCHORS_PER_SCALE, 5 + self.num_classes, height, width)
@@ -93,7 +99,9 @@ class YoloV3(nn.Module):
         done = {*self.backbone.modules()} if isinstance(self.backbone, TimmBackbone) else set()
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and module not in done:
-                nn.init.kaiming_normal_(module.weight, a=0.1, mode="fan_out", nonlinearity="leaky_relu")
+                nn.init.kaiming_normal_(
+                    module.weight, a=0.1, mode="fan_out", nonlinearity="leaky_relu"
+                )
         for head in self.heads:
             last = cast(nn.Conv2d, cast(nn.Sequential, head)[-1])
             nn.init.normal_(last.weight, std=0.01)
@@ -116,7 +124,7 @@ def _neck(in_channels: int, narrow: int, wide: int) -> nn.Sequential:
 
 @torch.no_grad()
 def rescale_objectness(model: YoloV3, factors: Tensor) -> None:
-    """Let the heads give a * objectness + b where they gave objectness: a calibration of the scores.
+    """Let the heads give a * objectness + b for objectness: a calibration of the scores.
 
     Args:
         model: changed in place.
@@ -131,7 +139,7 @@ def rescale_objectness(model: YoloV3, factors: Tensor) -> None:
 
 
 def trained_objectness(outputs: Sequence[Tensor], factors: Tensor) -> list[Tensor]:
-    """Undo `rescale_objectness` on raw outputs [B, A, H, W, 5 + C]: what the heads said as trained."""
+    """Undo `rescale_objectness` on raw outputs [B, A, H, W, 5 + C]: what was trained."""
     return [
         torch.cat([output[..., :4], (output[..., 4:5].float() - b) / a, output[..., 5:]], dim=-1)
         for output, (a, b) in zip(outputs, factors.tolist(), strict=True)
@@ -149,7 +157,7 @@ def make_anchors(sizes: Sequence[float], test_size: int) -> Tensor:
 
 
 def decode_boxes(output: Tensor, anchors: Tensor, stride: int) -> Tensor:
-    """Turn the raw boxes of one scale into xyxy pixels of the network input (YOLOv3 paper, figure 2).
+    """Turn the raw boxes of a scale into xyxy pixels of the network input (YOLOv3, figure 2).
 
     Args:
         output: [B, A, H, W, 4 or more] raw `tx, ty, tw, th, ...`.
@@ -193,8 +201,8 @@ def decode(
         class_loss: `softmax` or `sigmoid`, as trained.
 
     Returns:
-        boxes [B, N, 4] xyxy pixels, objectness [B, N] and class probabilities [B, N, C], N over (scale, A,
-        H, W).
+        boxes [B, N, 4] xyxy pixels, objectness [B, N] and class probabilities [B, N, C], N over
+        (scale, A, H, W).
     """
     boxes = [
         decode_boxes(output, scale_anchors, stride).flatten(1, 3)
@@ -216,16 +224,18 @@ def postprocess(
     nms: Literal["standard", "merge"] = "standard",
     class_loss: str = "softmax",
 ) -> list[dict[str, Tensor]]:
-    """Decode, threshold, and suppress overlapping boxes of the same class, for a whole batch at once.
+    """Decode a whole batch, apply the threshold, and suppress overlapping boxes of the same class.
 
-    A detection's score is objectness x class probability. A prediction stands for its likeliest class, which
-    is what a person wants to see; with `all_classes` also for every other one that reaches the threshold, as
-    in Darknet's own scoring. With `nms="merge"` a kept box becomes the mean, weighted by score, of the boxes
-    of its class that overlap it by more than `MERGE_IOU`, itself included.
+    A detection's score is objectness x class probability. A prediction stands for its likeliest
+    class, which is what a person wants to see; with `all_classes` also for every other one that
+    reaches the threshold, as in Darknet's own scoring. With `nms="merge"` a kept box becomes the
+    mean, weighted by score, of the boxes of its class that overlap it by more than `MERGE_IOU`,
+    itself included.
 
     Returns:
-        Per image, sorted by score: `boxes` [K, 4] xyxy pixels of the network input, `scores` [K], `labels`
-        [K], and `index` [K], the place of each among the N predictions of `decode`; K <= `max_detections`.
+        Per image, sorted by score: `boxes` [K, 4] xyxy pixels of the network input, `scores` [K],
+        `labels` [K], and `index` [K], the place of each among the N predictions of `decode`; K <=
+        `max_detections`.
     """
     boxes, objectness, class_probs = decode(outputs, anchors, class_loss)
     scores = objectness[..., None] * class_probs
@@ -259,10 +269,10 @@ def to_detections(
         all_classes: likewise.
 
     Returns:
-        As `postprocess`; with `sizes` the `boxes` are in pixels of the original image, clipped to it,
-        and `input_boxes` in those of the network input.
+        As `postprocess`; with `sizes` the `boxes` are in pixels of the original image, clipped to
+        it, and `input_boxes` in those of the network input.
     """
-    found = postprocess(
+    detected = postprocess(
         outputs,
         anchors.to(outputs[0].device),
         score_threshold=score_threshold,
@@ -273,13 +283,13 @@ def to_detections(
         class_loss=config.loss_settings.class_loss,
     )
     if sizes is None:
-        return found
+        return detected
     input_size = outputs[0].shape[2] * STRIDES[0]
-    for detections, (height, width) in zip(found, sizes, strict=True):
+    for detections, (height, width) in zip(detected, sizes, strict=True):
         detections["input_boxes"] = detections["boxes"]
         place = letterbox(height, width, input_size)
         detections["boxes"] = boxes_from_letterbox(detections["boxes"], place, height, width)
-    return found
+    return detected
 
 
 def _suppress(
@@ -293,32 +303,26 @@ def _suppress(
 ) -> dict[str, Tensor]:
     """Return the detections of one image from boxes [N, 4] and scores [N, C].
 
-    Image by image, because torchvision tells groups apart by moving them away from each other: over a whole
-    batch that would cost the last bits of the coordinates, and images would depend on their neighbours.
+    Image by image, because torchvision tells groups apart by moving them away from each other: over
+    a whole batch that would cost the last bits of the coordinates, and images would depend on their
+    neighbours.
     """
-    index, labels = _candidates(scores, score_threshold, all_classes)
+    if all_classes:
+        index, labels = (scores >= score_threshold).nonzero(as_tuple=True)
+    else:
+        best, likeliest = scores.max(-1)
+        index = (best >= score_threshold).nonzero()[:, 0]
+        labels = likeliest[index]
     confidence = scores[index, labels]
     order = confidence.argsort(descending=True, stable=True)[:MAX_CANDIDATES]
     index, labels, confidence = index[order], labels[order], confidence[order]
     boxes = boxes[index]
     kept = batched_nms(boxes, confidence, labels, iou_threshold)[:max_detections]
-    placed = _merge(boxes, confidence, labels, kept) if nms == "merge" else boxes[kept]
-    return {"boxes": placed, "scores": confidence[kept], "labels": labels[kept], "index": index[kept]}
-
-
-def _merge(boxes: Tensor, scores: Tensor, labels: Tensor, kept: Tensor) -> Tensor:
-    """Return, for each of the K kept rows, the mean of the boxes that show the same object: [K, 4]."""
-    same = (box_iou(boxes[kept], boxes) > MERGE_IOU) & (labels[kept][:, None] == labels)
-    same[torch.arange(len(kept), device=kept.device), kept] = True  # also a box without area
-    weights = same * scores
-    return weights @ boxes / weights.sum(1, keepdim=True)
-
-
-def _candidates(scores: Tensor, score_threshold: float, all_classes: bool) -> tuple[Tensor, Tensor]:
-    """Return which predictions reach the threshold, and with which class."""
-    if all_classes:
-        index, labels = (scores >= score_threshold).nonzero(as_tuple=True)
-        return index, labels
-    best, labels = scores.max(-1)
-    index = (best >= score_threshold).nonzero()[:, 0]
-    return index, labels[index]
+    placed = boxes[kept]
+    if nms == "merge":
+        same = (box_iou(placed, boxes) > MERGE_IOU) & (labels[kept][:, None] == labels)
+        same[torch.arange(len(kept), device=kept.device), kept] = True  # also a box without area
+        weights = same * confidence
+        placed = weights @ boxes / weights.sum(1, keepdim=True)
+    scores, labels, index = confidence[kept], labels[kept], index[kept]
+    return {"boxes": placed, "scores": scores, "labels": labels, "index": index}

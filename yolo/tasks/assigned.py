@@ -14,7 +14,8 @@ from torch import Tensor
 from yolo.config import Config
 from yolo.losses import ScaleTargets, assign_targets, count_targets
 
-ALIGNMENT = 16  # bytes: a view of the block as wider numbers has to start at a multiple of their size
+# bytes: a view of the block as wider numbers has to start at a multiple of their size
+ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class AssignedTargets:
 
     @classmethod
     def pack(cls, scales: Sequence[ScaleTargets]) -> "AssignedTargets":
-        """Copy the tensors of all scales, and their counts, into one block; one that is shared goes once."""
+        """Copy the tensors of all scales and their counts into one block, a shared one once."""
         tensors = [count_targets(scales), *(tensor for scale in scales for tensor in scale)]
         starts: dict[int, int] = {}
         size = 0
@@ -67,7 +68,7 @@ class AssignedTargets:
 
 @dataclass(frozen=True)
 class AssignedCollate:
-    """A collate whose targets are assigned in the same worker. Picklable, for workers that are spawned."""
+    """A collate whose targets are assigned in the same worker. Picklable, for spawned workers."""
 
     collate: Callable[[Any], tuple[Tensor, Any]]  # to images [B, 3, S, S] and their targets
     anchors: Tensor  # [3, A, 2] pixels, on the CPU
@@ -76,7 +77,9 @@ class AssignedCollate:
     def __call__(self, samples: Any) -> tuple[Tensor, AssignedTargets]:
         """Return the images of a batch, and what each scale is taught by them."""
         images, targets = self.collate(samples)
-        return images, AssignedTargets.pack(assign(self.config, targets, self.anchors, images.shape[-1]))
+        return images, AssignedTargets.pack(
+            assign(self.config, targets, self.anchors, images.shape[-1])
+        )
 
 
 def assign(

@@ -1,6 +1,7 @@
 """What the loop asks of a task: a model, a criterion, the data, and a split to be tested on.
 
-`DetectionTask` and `ClassificationTask` answer the same questions, so nobody else asks which one it is.
+`DetectionTask` and `ClassificationTask` answer the same questions, so nobody else asks which one it
+is.
 """
 
 from abc import ABC, abstractmethod
@@ -72,18 +73,19 @@ class Task(ABC):
     criterion: nn.Module  # (outputs, targets, counts) -> losses by term, as device scalars
     train_set: Any
     train_samples: Dataset
-    train_collate: Callable[[Any], Any]  # to images uint8 [B, 3, S, S] and targets with a `to(device)`
+    # to images uint8 [B, 3, S, S] and targets with a `to(device)`
+    train_collate: Callable[[Any], Any]
     eval_split: EvalSplit
     anchors: Tensor | None = None  # [3, A, 2] pixels; None for classification
 
     def with_config(self, config: Config) -> Self:
-        """Return the task with settings that were found after it was built (batch size, rate, epochs)."""
+        """Return the task with settings found after it was built (batch size, rate, epochs)."""
         return replace(self, config=config)
 
     @staticmethod
     @abstractmethod
     def count(targets: Any) -> Tensor:
-        """Return the counts that normalise the loss; they are added up over ranks and micro-batches."""
+        """Return the counts that normalise the loss, to be added over ranks and micro-batches."""
 
     @staticmethod
     @abstractmethod

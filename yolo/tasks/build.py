@@ -16,7 +16,7 @@ TASKS: dict[str, type[DetectionTask] | type[ClassificationTask]] = {
 
 
 def build_task(config: Config, processes: int = 1) -> Task:
-    """Open the data that `config` names, in `processes` of this machine, and build the rest for it."""
+    """Open the data that `config` names, in `processes` of this machine, and build the rest."""
     return TASKS[config.task].build(config, processes)
 
 

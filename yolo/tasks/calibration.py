@@ -1,4 +1,4 @@
-"""A detector's scores made honest: which detections of unseen images are right refits objectness."""
+"""A detector's scores made honest: objectness is refit to how often its detections are right."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from yolo.data.dataset import DetectionDataset
 from yolo.metrics.average_precision import load_objects
 from yolo.metrics.calibration import calibration, fit_objectness
 from yolo.metrics.matching import Detections, match_voc
-from yolo.models.yolov3 import decode, to_detections
-from yolo.tasks.detection import DetectionSplit
+from yolo.models.yolov3 import decode
+from yolo.tasks.detection import DetectionSplit, all_detections
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,9 @@ class CalibrationSplit(DetectionSplit):
     @classmethod
     def like(cls, split: DetectionSplit) -> "CalibrationSplit":
         """Show the images as `split` does."""
-        return cls(split.config, split.dataset, split.samples, split.collate, split.loader, split.anchors)
+        return cls(
+            split.config, split.dataset, split.samples, split.collate, split.loader, split.anchors
+        )
 
     def metrics(self, *, full: bool) -> "CalibrationData":  # type: ignore[override]
         """Return a fresh accumulator."""
@@ -36,7 +38,8 @@ class CalibrationData:
     def __init__(self, split: CalibrationSplit) -> None:
         self.split = split
         self.dataset: DetectionDataset = split.dataset
-        self._rows = np.zeros((0, 10))  # image, x1, y1, x2, y2, score, label, logit, class prob, scale
+        # image, x1, y1, x2, y2, score, label, logit, class prob, scale
+        self._rows = np.zeros((0, 10))
 
     def update(self, outputs: Sequence[Tensor], targets: Sequence[Mapping[str, Any]]) -> None:
         """Add one batch of raw outputs and the targets of `EvalSamples`."""
@@ -45,15 +48,8 @@ class CalibrationData:
         probs = decode(outputs, anchors.to(outputs[0].device), class_loss)[2]
         logits = torch.cat([output[..., 4].flatten(1) for output in outputs], dim=1).float()
         ends = torch.tensor([output[0, ..., 4].numel() for output in outputs]).cumsum(0)
-        found = to_detections(
-            outputs,
-            anchors,
-            config,
-            [(target["height"], target["width"]) for target in targets],
-            score_threshold=config.score_threshold,
-            all_classes=True,
-        )
-        for i, (one, target) in enumerate(zip(found, targets, strict=True)):
+        detected = all_detections(outputs, anchors, config, targets)
+        for i, (one, target) in enumerate(zip(detected, targets, strict=True)):
             index, labels = one["index"], one["labels"]
             columns = (
                 torch.full_like(labels, target["image_index"]),
@@ -78,7 +74,7 @@ class CalibrationData:
         self._rows = rows[np.argsort(-rows[:, 5], kind="stable")]
 
     def compute(self) -> dict[str, Any]:
-        """Return `factors` [3, 2], as `rescale_objectness` takes them, and the `expected_error` before."""
+        """Return `factors` [3, 2] for `rescale_objectness`, and the `expected_error` before."""
         rows = self._rows
         images, labels = rows[:, 0].astype(np.int64), rows[:, 6].astype(np.int64)
         detections = Detections(images, rows[:, 1:5], rows[:, 5], labels)

@@ -63,7 +63,9 @@ class ClassificationTask(Task):
             UsageError: if another image size than 32 is asked for.
         """
         if {*config.img_sizes, config.resolved_test_size} != {IMAGE_SIZE}:
-            raise UsageError("--img-sizes, --test-size: the classifier works on 32 x 32 pixels; want 32")
+            raise UsageError(
+                "--img-sizes, --test-size: the classifier works on 32 x 32 pixels; want 32"
+            )
         train_set, eval_set = open_datasets(config)
         return cls(
             config=config,
@@ -77,7 +79,9 @@ class ClassificationTask(Task):
         )
 
     @staticmethod
-    def open_split(config: Config, class_names: Sequence[str], anchors: Tensor | None) -> ClassificationSplit:
+    def open_split(
+        config: Config, class_names: Sequence[str], anchors: Tensor | None
+    ) -> ClassificationSplit:
         """Open `config.split` for testing a trained model, with its classes."""
         return ClassificationSplit.of(config, open_dataset(config, config.split, class_names))
 

@@ -46,7 +46,9 @@ class DetectionSplit(EvalSplit):
     def draw_predictions(self, predict: Callable[[Tensor], Any]) -> np.ndarray:
         """Draw the first images with the boxes that the model finds in them."""
         images, _ = self.first_batch()
-        found = to_detections(predict(images), self.anchors, self.config, score_threshold=SHOWN_SCORE)
+        found = to_detections(
+            predict(images), self.anchors, self.config, score_threshold=SHOWN_SCORE
+        )
         return tile(
             [
                 draw_boxes(
@@ -122,14 +124,18 @@ class DetectionTask(Task):
         )
 
     @staticmethod
-    def open_split(config: Config, class_names: Sequence[str], anchors: Tensor | None) -> DetectionSplit:
+    def open_split(
+        config: Config, class_names: Sequence[str], anchors: Tensor | None
+    ) -> DetectionSplit:
         """Open `config.split` for testing a trained model, with its classes and anchors."""
         assert anchors is not None
         return DetectionSplit.of(config, open_test_set(config, class_names), anchors)
 
     def with_config(self, config: Config) -> Self:
-        """Return the task with settings found after it was built; the end of mosaic follows the epochs."""
-        return replace(self, config=config, train_samples=TrainSamples(self.train_set, config, config.seed))
+        """Return the task with settings found later; the end of mosaic follows the epochs."""
+        return replace(
+            self, config=config, train_samples=TrainSamples(self.train_set, config, config.seed)
+        )
 
     @staticmethod
     def count(targets: AssignedTargets) -> Tensor:
@@ -141,6 +147,23 @@ class DetectionTask(Task):
         """Return the product of the three accuracies at threshold 0.5."""
         names = ("class_accuracy", "no_object_accuracy_at_0.5", "object_accuracy_at_0.5")
         return float(np.prod([results[name] or 0.0 for name in names]))
+
+
+def all_detections(
+    outputs: Sequence[Tensor],
+    anchors: Tensor,
+    config: Config,
+    targets: Sequence[Mapping[str, Any]],
+) -> list[dict[str, Tensor]]:
+    """Return what mAP counts, in pixels of the original images: every class above the threshold."""
+    return to_detections(
+        outputs,
+        anchors,
+        config,
+        [(target["height"], target["width"]) for target in targets],
+        score_threshold=config.score_threshold,
+        all_classes=True,
+    )
 
 
 class DetectionEvaluation:
@@ -159,7 +182,8 @@ class DetectionEvaluation:
         img_size, device = outputs[0].shape[2] * STRIDES[0], outputs[0].device
         scales = [target["letterbox"].scale for target in targets if "letterbox" in target]
         enlarged = torch.tensor(scales) if scales else None
-        # A calibrated score says whether a box is right, the accuracies ask whether a cell is responsible.
+        # A calibrated score says whether a box is right, the accuracies ask whether a cell is
+        # responsible.
         trained = outputs
         if self.calibration is not None:
             trained = trained_objectness(outputs, self.calibration)
@@ -170,24 +194,16 @@ class DetectionEvaluation:
             cells.update(trained, assigned, enlarged)
         if self.detections is None:
             return
-        found = to_detections(
-            outputs,
-            self.anchors,
-            self.config,
-            [(target["height"], target["width"]) for target in targets],
-            score_threshold=self.config.score_threshold,
-            all_classes=True,
-        )
-        for detections, target in zip(found, targets, strict=True):
+        detected = all_detections(outputs, self.anchors, self.config, targets)
+        for detections, target in zip(detected, targets, strict=True):
             self.detections.update(target["image_index"], detections)
 
     def state(self) -> dict[str, Any]:
         """Return this rank's sums and detections."""
-        detections = self.detections.state() if self.detections else None
         return {
             "cells": self.cells.state(),
             "cells_with_difficult": self.cells_with_difficult.state(),
-            "detections": detections,
+            "detections": self.detections.state() if self.detections else None,
         }
 
     def merge(self, states: Sequence[dict[str, Any]]) -> None:

@@ -36,7 +36,9 @@ def draw_boxes(
     order = range(len(boxes)) if scores is None else np.argsort(np.asarray(scores), kind="stable")
     for k in order:
         label = int(labels[k])
-        text = class_names[label] if scores is None else f"{class_names[label]} {float(scores[k]):.0%}"
+        text = class_names[label]
+        if scores is not None:
+            text += f" {float(scores[k]):.0%}"
         _draw_box(canvas, np.asarray(boxes[k], float), text, class_color(label))
     return canvas
 
@@ -48,11 +50,14 @@ def _draw_box(canvas: np.ndarray, box: np.ndarray, text: str, color: tuple[int, 
     limit = [width - 1, height - 1] * 2
     left, top, right, bottom = (int(v) for v in np.clip(box.round() - [0, 0, 1, 1], 0, limit))
     cv2.rectangle(canvas, (left, top), (right, bottom), color, thickness)
-    (text_width, text_height), descent = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, font_scale, 1)
+    font = cv2.FONT_HERSHEY_SIMPLEX
+    (text_width, text_height), descent = cv2.getTextSize(text, font, font_scale, 1)
     tag_width, tag_height = text_width + 4, text_height + descent + 2
     left = max(0, min(left, width - tag_width))
-    tag_top = top - tag_height if top >= tag_height else top  # inside the box when there is no room above
-    cv2.rectangle(canvas, (left, tag_top), (left + tag_width, tag_top + tag_height), color, cv2.FILLED)
+    # inside the box when there is no room above
+    tag_top = top - tag_height if top >= tag_height else top
+    end = (left + tag_width, tag_top + tag_height)
+    cv2.rectangle(canvas, (left, tag_top), end, color, cv2.FILLED)
     ink = (0, 0, 0) if np.dot(color, (0.299, 0.587, 0.114)) > 140 else (255, 255, 255)
     baseline = (left + 2, tag_top + text_height + 1)
-    cv2.putText(canvas, text, baseline, cv2.FONT_HERSHEY_SIMPLEX, font_scale, ink, 1, cv2.LINE_AA)
+    cv2.putText(canvas, text, baseline, font, font_scale, ink, 1, cv2.LINE_AA)

@@ -1,4 +1,4 @@
-"""A detector's worst errors as pictures: confident false positives, and large objects that it misses."""
+"""A detector's worst errors as pictures: confident false positives, and large objects missed."""
 
 import cv2
 import numpy as np
@@ -9,7 +9,6 @@ from yolo.metrics.errors import (
     BACKGROUND_IOU,
     CLASSIFICATION,
     KINDS,
-    Errors,
     find_errors,
     largest_misses,
     worst_false_positives,
@@ -20,7 +19,8 @@ from yolo.viz.figures import picture_grid
 
 GRID_PICTURES = 12
 TILE = 240  # pixels
-FOUND, TRUE, PAPER = (230, 60, 50), (60, 200, 90), (255, 255, 255)  # RGB of detections, objects, nothing
+# RGB of detections, objects, nothing
+FOUND, TRUE, PAPER = (230, 60, 50), (60, 200, 90), (255, 255, 255)
 
 
 def error_grids(
@@ -43,7 +43,9 @@ def error_grids(
     for row in worst_false_positives(errors, GRID_PICTURES):
         one = detections.at(np.array([row]))
         name, image = dataset.class_names[one.labels[0]], int(one.images[0])
-        caption = f"{name} ({one.scores[0]:.0%}): {_say(errors, row, objects, dataset)}"
+        caption = f"{name} ({one.scores[0]:.0%}): {KINDS[errors.kinds[row]]}"
+        if errors.kinds[row] == CLASSIFICATION:
+            caption += f", is {dataset.class_names[objects.labels[errors.targets[row]]]}"
         caption += f"\nimage {dataset.image_ids[image]}"
         false_positives.append((_tile(dataset, image, one.boxes[0], one, objects), caption))
     shown = detections.at(detections.scores >= SHOWN_SCORE)
@@ -52,10 +54,8 @@ def error_grids(
     for row in largest_misses(objects, found, GRID_PICTURES):
         image = int(objects.images[row])
         in_image = shown.at(shown.images == image)
-        name, nearest = (
-            dataset.class_names[objects.labels[row]],
-            _nearest(in_image, objects.boxes[row], dataset),
-        )
+        name = dataset.class_names[objects.labels[row]]
+        nearest = _nearest(in_image, objects.boxes[row], dataset)
         caption = f"{name}; found: {nearest}\nimage {dataset.image_ids[image]}"
         misses.append((_tile(dataset, image, objects.boxes[row], in_image, objects), caption))
     grids = {}
@@ -63,18 +63,11 @@ def error_grids(
         title = "The most confident false positives (red), and what is there (green)"
         grids["false_positives"] = picture_grid(false_positives, title)
     if misses:
-        title = f"The largest objects (green) not found at a score of {SHOWN_SCORE}, and what was (red)"
+        title = (
+            f"The largest objects (green) not found at a score of {SHOWN_SCORE}, and what was (red)"
+        )
         grids["misses"] = picture_grid(misses, title)
     return grids
-
-
-def _say(errors: Errors, row: int, objects: Objects, dataset: DetectionDataset) -> str:
-    """Name the kind of error and, of a wrong class, the right one."""
-    kind = errors.kinds[row]
-    truth = (
-        f", is {dataset.class_names[objects.labels[errors.targets[row]]]}" if kind == CLASSIFICATION else ""
-    )
-    return KINDS[kind] + truth
 
 
 def _nearest(detections: Detections, box: np.ndarray, dataset: DetectionDataset) -> str:
@@ -88,7 +81,11 @@ def _nearest(detections: Detections, box: np.ndarray, dataset: DetectionDataset)
 
 
 def _tile(
-    dataset: DetectionDataset, image_index: int, focus: np.ndarray, detections: Detections, objects: Objects
+    dataset: DetectionDataset,
+    image_index: int,
+    focus: np.ndarray,
+    detections: Detections,
+    objects: Objects,
 ) -> np.ndarray:
     """Cut the surroundings of a box out of its image, with the objects and detections in it."""
     image = dataset.image(image_index)
@@ -104,13 +101,14 @@ def _tile(
             thickness = 2 if np.array_equal(box, focus) else 1
             cv2.rectangle(tile, corners[:2], corners[2:], color, thickness, cv2.LINE_AA)
     right_of_image, below_image = TILE - size[0], TILE - size[1]
-    return cv2.copyMakeBorder(tile, 0, below_image, 0, right_of_image, cv2.BORDER_CONSTANT, value=PAPER)
+    border = (0, below_image, 0, right_of_image)
+    return cv2.copyMakeBorder(tile, *border, cv2.BORDER_CONSTANT, value=PAPER)
 
 
 def _surroundings(box: np.ndarray, width: int, height: int) -> tuple[int, int, int, int]:
     """Return a square window around a box, 1.6 times its longer side, clipped to the image."""
     half = max(24.0, 0.8 * float((box[2:] - box[:2]).max()))
-    centre = (box[:2] + box[2:]) / 2
-    left, top = (int(np.clip(c - half, 0, side - 1)) for c, side in zip(centre, (width, height), strict=True))
-    right, bottom = (int(np.clip(c + half, 1, side)) for c, side in zip(centre, (width, height), strict=True))
+    centre, sides = (box[:2] + box[2:]) / 2, np.array([width, height])
+    left, top = np.clip(centre - half, 0, sides - 1).astype(int).tolist()
+    right, bottom = np.clip(centre + half, 1, sides).astype(int).tolist()
     return left, top, max(right, left + 1), max(bottom, top + 1)

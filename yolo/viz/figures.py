@@ -1,4 +1,4 @@
-"""Figures: training curves, an evaluation drawn from what stands in `results.json`, and grids of pictures."""
+"""Figures: training curves, an evaluation drawn from its `results.json`, grids of pictures."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,8 @@ STYLE: Any = {
 }
 INK, GREY = "#333333", "#777777"
 BLUE, NAVY, ORANGE, GREEN, RED = "#2f6fbb", "#16365c", "#e07b39", "#3a9a5b", "#c8423b"
-GOALS = {"goal": (0.70, 0.95, 0.75), "better": (0.78, 0.98, 0.80)}  # object, no-object, class accuracy
+# object, no-object, class accuracy
+GOALS = {"goal": (0.70, 0.95, 0.75), "better": (0.78, 0.98, 0.80)}
 MAX_NAMED_CLASSES = 30
 
 _BESIDE_TITLE: dict[str, Any] = {
@@ -79,7 +80,7 @@ def save_figures(figures: Mapping[str, np.ndarray], folder: Path) -> None:
 
 
 def threshold_sweep(results: Results) -> Figure:
-    """Object against no-object accuracy over all thresholds, and what it means in false cells per image."""
+    """Object against no-object accuracy over all thresholds, and false cells per image."""
     sweep = {name: np.array(values) for name, values in results["threshold_sweep"].items()}
     found, silent, fired = (
         sweep[name] for name in ("object_accuracy", "no_object_accuracy", "false_cells_per_image")
@@ -94,18 +95,22 @@ def threshold_sweep(results: Results) -> Figure:
     left.plot(found, silent, color=BLUE, linewidth=2)
     for threshold, color in ((0.05, BLUE), (0.5, NAVY)):
         k = int(np.argmin(np.abs(sweep["threshold"] - threshold)))
-        label = f"at {threshold:g}: {found[k]:.1%} / {silent[k]:.1%} / {results['class_accuracy']:.1%}"
-        left.plot(found[k], silent[k], "o", color=color, markersize=7, clip_on=False, label=label, zorder=3)
-        right.plot(threshold, max(fired[k], 1e-3), "o", color=color, markersize=7, zorder=3)
+        shares = (found[k], silent[k], results["class_accuracy"])
+        label = f"at {threshold:g}: " + " / ".join(f"{share:.1%}" for share in shares)
+        dot: dict[str, Any] = {"color": color, "markersize": 7, "zorder": 3}
+        left.plot(found[k], silent[k], "o", clip_on=False, label=label, **dot)
+        right.plot(threshold, max(fired[k], 1e-3), "o", **dot)
         right.annotate(
             f" {fired[k]:.3g} at {threshold:g}", (threshold, max(fired[k], 1e-3)), (4, 4), **_OFFSET
         )
-    left.set(title="Objectness over all thresholds", xlabel="object accuracy", ylabel="no-object accuracy")
+    left.set_title("Objectness over all thresholds")
+    left.set(xlabel="object accuracy", ylabel="no-object accuracy")
     left.set(xlim=(0, 1.01), ylim=(min(0.9, silent[headline] - 0.03), 1.002))
     left.legend(loc="lower left", title="object / no-object / class accuracy", alignment="left")
     _as_percent(left.xaxis, left.yaxis)
     right.plot(sweep["threshold"], np.where(fired > 0, fired, np.nan), color=BLUE, linewidth=2)
-    right.set(title="False alarms", xlabel="objectness threshold", ylabel="empty cells that fire, per image")
+    right.set(title="False alarms", xlabel="objectness threshold")
+    right.set_ylabel("empty cells that fire, per image")
     right.set(yscale="log", xlim=(0, 1))
     return figure
 
@@ -114,7 +119,9 @@ def precision_recall_curves(results: Results) -> Figure:
     """Precision over recall of each class at IoU 0.5, and their mean."""
     curves = {name: np.array(values) for name, values in results["precision_recall"].items()}
     figure = Figure(figsize=(7.6, 4.6), layout="constrained")
-    axes = figure.add_subplot(title="Precision and recall at IoU 0.5", xlabel="recall", ylabel="precision")
+    axes = figure.add_subplot(
+        title="Precision and recall at IoU 0.5", xlabel="recall", ylabel="precision"
+    )
     ap = {name: results["per_class"][name]["ap_50"] for name in curves}
     recalls = np.linspace(0, 1, 101)
     names = list(results["per_class"])
@@ -158,18 +165,26 @@ def ap_by_size(results: Results) -> Figure:
     rows = results["by_size"]
     figure = Figure(figsize=(4.6, 3.4), layout="constrained")
     axes = figure.add_subplot(title="Average precision by size of the object")
-    titles = {"small": "small\n< 32² px", "medium": "medium\n32² to 96² px", "large": "large\n> 96² px"}
+    titles = {
+        "small": "small\n< 32² px",
+        "medium": "medium\n32² to 96² px",
+        "large": "large\n> 96² px",
+    }
     for k, row in enumerate(rows.values()):
         for shift, key, color in ((-0.2, "ap_50", BLUE), (0.2, "ap_50_95", NAVY)):
             value = row[key]
             axes.bar(k + shift, value or 0, width=0.38, color=color)
-            axes.text(k + shift, (value or 0) + 0.01, "-" if value is None else f"{value:.3f}", ha="center")
+            text = "-" if value is None else f"{value:.3f}"
+            axes.text(k + shift, (value or 0) + 0.01, text, ha="center")
     axes.set_xticks(
-        range(len(rows)), [f"{titles[name]}\n{row['objects']:,} objects" for name, row in rows.items()]
+        range(len(rows)),
+        [f"{titles[name]}\n{row['objects']:,} objects" for name, row in rows.items()],
     )
     axes.set(ylim=(0, 1.2), yticks=np.arange(0, 1.01, 0.2))
     axes.grid(visible=False, axis="x")
-    axes.legend(handles=axes.patches[:2], labels=["AP@0.5", "AP@0.5:0.95"], ncols=2, loc="upper center")
+    axes.legend(
+        handles=axes.patches[:2], labels=["AP@0.5", "AP@0.5:0.95"], ncols=2, loc="upper center"
+    )
     return figure
 
 
@@ -190,7 +205,12 @@ def error_budget(results: Results) -> Figure:
             f"{cost:.3f}", (cost, place), (5, 0), va="center", color=INK, weight="bold", **_OFFSET
         )
         axes.annotate(
-            f"  {rows[name]['count']:,} {what}", (1, 0.5), xycoords=value, va="center", color=GREY, fontsize=8
+            f"  {rows[name]['count']:,} {what}",
+            (1, 0.5),
+            xycoords=value,
+            va="center",
+            color=GREY,
+            fontsize=8,
         )
     axes.set_xlim(0, max(costs) * 1.4 + 1e-3)
     axes.grid(visible=False, axis="y")
@@ -234,7 +254,11 @@ def reliability(results: Results) -> Figure:
     accuracy = np.array([row["accuracy"] for row in bins])
     top.plot([0, 1], [0, 1], color="#aaaaaa", linestyle="--", linewidth=1, label="honest")
     top.vlines(
-        confidence, np.minimum(confidence, accuracy), np.maximum(confidence, accuracy), color=RED, alpha=0.5
+        confidence,
+        np.minimum(confidence, accuracy),
+        np.maximum(confidence, accuracy),
+        color=RED,
+        alpha=0.5,
     )
     top.plot(confidence, accuracy, "o-", color=BLUE, linewidth=1.6, markersize=5)
     error = results["calibration"]["expected_error"]
@@ -246,7 +270,9 @@ def reliability(results: Results) -> Figure:
     return figure
 
 
-def picture_grid(tiles: Sequence[tuple[np.ndarray, str]], title: str, columns: int = 4) -> np.ndarray:
+def picture_grid(
+    tiles: Sequence[tuple[np.ndarray, str]], title: str, columns: int = 4
+) -> np.ndarray:
     """Return small pictures with captions as one RGB image.
 
     Args:
@@ -257,7 +283,9 @@ def picture_grid(tiles: Sequence[tuple[np.ndarray, str]], title: str, columns: i
     rows = max(1, -(-len(tiles) // columns))
     with matplotlib.rc_context(STYLE):
         shape = max(image.shape[0] / image.shape[1] for image, _ in tiles)
-        figure = Figure(figsize=(2.4 * columns, (2.2 * shape + 0.4) * rows + 0.4), layout="constrained")
+        figure = Figure(
+            figsize=(2.4 * columns, (2.2 * shape + 0.4) * rows + 0.4), layout="constrained"
+        )
         figure.suptitle(title, fontweight="bold")
         for axes in figure.subplots(rows, columns, squeeze=False).flat:
             axes.set_axis_off()
@@ -268,7 +296,7 @@ def picture_grid(tiles: Sequence[tuple[np.ndarray, str]], title: str, columns: i
 
 
 def plot_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw what a run logged over its optimizer steps: loss terms, test numbers, learning rate and speed.
+    """Draw what a run logged over its steps: loss terms, test numbers, learning rate and speed.
 
     Args:
         metrics: the lines of `metrics.jsonl`.
@@ -309,7 +337,9 @@ def _draw_scores(axes: Axes, tests: Sequence[Mapping[str, Any]]) -> None:
     for key, (label, color) in names.items():
         steps, values = _series(tests, key)
         if steps:
-            axes.plot(steps, values, "o-", label=f"{label} {values[-1]:.3f}", color=color, markersize=4)
+            axes.plot(
+                steps, values, "o-", label=f"{label} {values[-1]:.3f}", color=color, markersize=4
+            )
     axes.set(title="Test", ylim=(0, 1.02))
     axes.legend(ncols=4, **_BESIDE_TITLE)
 
