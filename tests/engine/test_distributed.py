@@ -63,7 +63,9 @@ def gradient(config: Config, grad_accum_steps: int) -> dict[str, torch.Tensor]:
     training = state.make_state(fabric, None, config, task)
     training.network.eval()
     before = copy.deepcopy(training.network.state_dict())
-    loader = loaders.make_train_loader(fabric, config, task, loaders.make_sampler(fabric, config, 24))
+    loader = loaders.make_train_loader(
+        fabric, config, task, loaders.make_sampler(fabric, config, 24)
+    )
     micro_batches = next(loop.optimizer_steps(loader, grad_accum_steps))
     loop.train_step(fabric, training, task, micro_batches, lr=1.0, beta1=0.0)
     after = training.network.state_dict()
@@ -76,7 +78,7 @@ def unit_descent(network: torch.nn.Module, *_: Any, **__: Any) -> torch.optim.SG
 
 
 def detect_nearly_the_truth() -> None:
-    """Add to what the untrained network finds some detections that count, equal for an image on any rank."""
+    """Add some detections that count to the untrained network's, equal for an image on any rank."""
     from yolo.tasks.detection import DetectionEvaluation
 
     update = DetectionEvaluation.update
@@ -147,14 +149,17 @@ def test_the_gradient_is_the_same_on_one_rank_and_on_two(
     assert largest > 1e-3
     for probe_of_rank in probes:
         for name, value in probe_of_rank[f"gradient_{grad_accum_steps}"].items():
-            torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-9 * largest, msg=name)
+            torch.testing.assert_close(
+                value, expected[name], rtol=1e-6, atol=1e-9 * largest, msg=name
+            )
 
 
 def test_two_ranks_test_each_image_once_and_find_exactly_what_one_rank_finds(
     probes: list[dict[str, Any]],
 ) -> None:
     one, *ranks = (found["evaluation"] for found in probes)
-    assert one.pop("shares") == sum(rank.pop("shares") for rank in ranks) == 7  # odd: no image twice
+    # odd: no image twice
+    assert one.pop("shares") == sum(rank.pop("shares") for rank in ranks) == 7
     assert 0.1 < one["map_50"] < 0.99
     for rank in ranks:
         torch.testing.assert_close(rank, one, rtol=0, atol=0, equal_nan=True)
@@ -163,12 +168,13 @@ def test_two_ranks_test_each_image_once_and_find_exactly_what_one_rank_finds(
 def train_on_two_ranks(
     config: Path, run_dir: Path, *flags: str, hooks: tuple[Any, Any] = (None, None)
 ) -> tuple[list[int | None], str]:
-    """Train on two ranks as torchrun would start them; return their exit codes and what they printed."""
+    """Train on two ranks as torchrun would start them; return exit codes and output."""
     port = free_port()
     logs = [run_dir.with_suffix(f".{rank}.log") for rank in range(2)]
     argv = ["--config", str(config), "--out-dir", str(run_dir), *flags]
     ranks = [
-        start_training(argv, logs[rank], hook=hooks[rank], env=rank_env(rank, 2, port)) for rank in range(2)
+        start_training(argv, logs[rank], hook=hooks[rank], env=rank_env(rank, 2, port))
+        for rank in range(2)
     ]
     for rank in ranks:
         rank.join(300)
@@ -190,9 +196,13 @@ def test_a_signal_to_one_rank_alone_stops_both_and_the_resume_is_exact(
 ) -> None:
     run_dir = tmp_path / "run"
     stop_rank_1 = (None, partial(faults.signal_after_step, 3, signal.SIGTERM))
-    codes, output = train_on_two_ranks(tiny_config, run_dir, "--save-every", "10m", hooks=stop_rank_1)
+    codes, output = train_on_two_ranks(
+        tiny_config, run_dir, "--save-every", "10m", hooks=stop_rank_1
+    )
     assert codes == [143, 143], output
-    assert [path.name[:19] for path in list_checkpoints(run_dir / "checkpoints")] == ["epoch000-step000003"]
+    assert [path.name[:19] for path in list_checkpoints(run_dir / "checkpoints")] == [
+        "epoch000-step000003"
+    ]
     codes, output = train_on_two_ranks(tiny_config, run_dir, "--resume", "auto")
     assert codes == [0, 0], output
     assert weights_digest(run_dir) == weights_digest(two_ranks)
@@ -203,13 +213,22 @@ def test_the_same_batch_goes_on_with_another_number_of_ranks_and_says_so(
     tiny_config: Path, two_ranks: Path, tmp_path: Path
 ) -> None:
     middle = list_checkpoints(two_ranks / "checkpoints")[2]
-    argv = ["--config", str(tiny_config), "--resume", str(middle), "--out-dir", str(tmp_path / "one")]
+    argv = [
+        "--config",
+        str(tiny_config),
+        "--resume",
+        str(middle),
+        "--out-dir",
+        str(tmp_path / "one"),
+    ]
     log = tmp_path / "one.log"
     process = start_training(argv, log)
     process.join(300)
     assert process.exitcode == 0, log.read_text()
     assert "results may differ in the last bits" in log.read_text()
-    assert read_schedule(tmp_path / "one" / "schedule.txt") == read_schedule(two_ranks / "schedule.txt")
+    assert read_schedule(tmp_path / "one" / "schedule.txt") == read_schedule(
+        two_ranks / "schedule.txt"
+    )
 
 
 def torchrun(*words: str, **env: str) -> subprocess.Popen[str]:
@@ -217,7 +236,12 @@ def torchrun(*words: str, **env: str) -> subprocess.Popen[str]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **env}
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command,
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
 
@@ -245,7 +269,7 @@ def test_torchrun_restarts_after_a_killed_rank_and_ends_as_if_nothing_had_happen
 
 
 def agent(endpoint: str, argv: list[str]) -> None:
-    """What `torchrun --nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d train.py ...` does on one node."""
+    """What `torchrun --nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d` does on one node."""
     config = LaunchConfig(
         min_nodes=2,
         max_nodes=2,

@@ -15,7 +15,9 @@ def test_the_average_follows_its_recurrence_and_includes_the_statistics():
     model = make_model()
     ema = Ema(model, decay=0.9)
     expected = {
-        name: value.clone() for name, value in model.state_dict().items() if value.is_floating_point()
+        name: value.clone()
+        for name, value in model.state_dict().items()
+        if value.is_floating_point()
     }
     for step in range(30):
         with torch.no_grad():

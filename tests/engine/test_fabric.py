@@ -35,7 +35,11 @@ def test_the_world_is_what_the_launcher_says(monkeypatch, environment, flags, wo
 
 @pytest.mark.parametrize(
     ("wanted", "device", "picked"),
-    [("auto", "cuda", "16-mixed"), ("bf16-mixed", "cuda", "bf16-mixed"), ("32-true", "cpu", "32-true")],
+    [
+        ("auto", "cuda", "16-mixed"),
+        ("bf16-mixed", "cuda", "bf16-mixed"),
+        ("32-true", "cpu", "32-true"),
+    ],
 )
 def test_precision_follows_the_device_unless_it_is_given(wanted, device, picked):
     precision, why = processes.pick_precision(wanted, device)

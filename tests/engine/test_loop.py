@@ -39,7 +39,8 @@ def task(tiny_digits):
 def test_a_step_uses_the_given_rate_and_moves_the_average(task):
     fabric, scaler = make_fabric(task.config)
     for module in task.model.modules():
-        if isinstance(module, Residual):  # starts as the identity: its convolutions would wait a step
+        # starts as the identity: its convolutions would wait a step
+        if isinstance(module, Residual):
             torch.nn.init.ones_(module.expand[1].weight)
     state = make_state(fabric, scaler, task.config, task)
     before = copy.deepcopy(state.network.state_dict())
@@ -50,20 +51,27 @@ def test_a_step_uses_the_given_rate_and_moves_the_average(task):
     train_step(fabric, state, task, micro_batches, lr=1e-3, beta1=0.9)
     assert (state.step, state.batch) == (1, 1)
     assert {group["lr"] for group in state.optimizer.param_groups} == {1e-3}
-    moved = [name for name, value in state.network.named_parameters() if not torch.equal(value, before[name])]
+    moved = [
+        name
+        for name, value in state.network.named_parameters()
+        if not torch.equal(value, before[name])
+    ]
     assert len(moved) == len(list(state.network.parameters()))
     name = "backbone.stem.0.weight"
-    averaged = 0.1 * before[name] + 0.9 * state.network.state_dict()[name]  # the decay begins at 0.1
+    # the decay begins at 0.1
+    averaged = 0.1 * before[name] + 0.9 * state.network.state_dict()[name]
     torch.testing.assert_close(state.ema.module.state_dict()[name], averaged)
 
 
 def test_micro_batches_add_up_to_the_gradient_of_the_whole_batch(task):
     gradients = []
     for parts in (1, 4):
-        model = copy.deepcopy(task.model).double().eval()  # batch statistics would depend on the parts
+        # batch statistics would depend on the parts
+        model = copy.deepcopy(task.model).double().eval()
         images, targets = task.eval_split.collate([task.eval_split.samples[i] for i in range(8)])
         assigned = [
-            AssignedTargets.pack(assign_targets(targets[i::parts], task.anchors, 64)) for i in range(parts)
+            AssignedTargets.pack(assign_targets(targets[i::parts], task.anchors, 64))
+            for i in range(parts)
         ]
         counts = torch.stack([task.count(part) for part in assigned]).sum(0)
         for i in range(parts):
@@ -77,10 +85,12 @@ def test_micro_batches_add_up_to_the_gradient_of_the_whole_batch(task):
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_makes_a_step_fast_leaves_its_losses_alone(task, compiled, monkeypatch):
-    """Channels last, bytes to floats late, fused Adam: against channels first, floats, and plain Adam."""
+    """Channels last, late floats, fused Adam: against channels first, floats, and plain Adam."""
     config = dataclasses.replace(task.config, compile=compiled)
     sampler = MultiSizeBatchSampler(len(task.train_set), 8, (64,), seed=3)
-    batches = [task.train_collate([task.train_samples[key] for key in keys]) for keys in islice(sampler, 3)]
+    batches = [
+        task.train_collate([task.train_samples[key] for key in keys]) for keys in islice(sampler, 3)
+    ]
     plain = copy.deepcopy(task.model).train()
     optimizer = torch.optim.Adam(plain.parameters(), lr=2e-4, foreach=False)
     weights = [parameter for parameter in plain.parameters() if parameter.ndim > 1]

@@ -42,7 +42,9 @@ def test_no_flag_of_the_backbone_moves_a_parameter_in_a_checkpoint():
 
     def order(**values):
         return [
-            p for group in make_optimizer(network, Config(**values)).param_groups for p in group["params"]
+            p
+            for group in make_optimizer(network, Config(**values)).param_groups
+            for p in group["params"]
         ]
 
     today = order()

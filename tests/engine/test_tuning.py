@@ -1,4 +1,4 @@
-"""What `auto` finds: the largest batch that fits on all ranks, and a learning rate below divergence."""
+"""What `auto` finds: the largest batch that fits on all ranks, and a rate below divergence."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from yolo.tasks.build import build_task
 
 @pytest.fixture
 def task(tiny_config: Path) -> Task:
-    return build_task(Config.from_dict({**read_yaml(tiny_config), "batch_size": "auto", "max_lr": "auto"}))
+    return build_task(
+        Config.from_dict({**read_yaml(tiny_config), "batch_size": "auto", "max_lr": "auto"})
+    )
 
 
 @pytest.fixture
@@ -51,12 +53,15 @@ def test_the_rank_with_the_least_memory_decides_and_accumulation_multiplies(
     fabric: Any, task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     let_only_fit(8, monkeypatch)
-    monkeypatch.setattr(tuning, "gather", lambda fabric, found: [found, 2])  # what the other rank found
+    # what the other rank found
+    monkeypatch.setattr(tuning, "gather", lambda fabric, found: [found, 2])
     cfg = Config.from_dict({**task.config.to_dict(), "grad_accum_steps": 3})
     assert tuning.find_batch_size(fabric, cfg, task) == 2 * fabric.world_size * 3
 
 
-def test_nothing_fits_is_one_clear_line(fabric: Any, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_fits_is_one_clear_line(
+    fabric: Any, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
     let_only_fit(0, monkeypatch)
     with pytest.raises(UserError, match="not even one image of --img-sizes 64"):
         tuning.find_batch_size(fabric, task.config, task)
@@ -114,7 +119,9 @@ def test_train_time_plans_the_epochs_that_fit_with_their_tests(
     changed = {"batch_size": 4, "max_lr": 1e-3, "eval_every": 2}
     cfg = ResolvedConfig.from_dict({**task.config.to_dict(), **changed})
     # 24 images are 6 steps: 60 s, and half a test; the last test is always made
-    assert tuning.epochs_in_time(fabric, None, task, cfg, 1000.0) == pytest.approx((1000 - 40) / 80, abs=0.3)
+    assert tuning.epochs_in_time(fabric, None, task, cfg, 1000.0) == pytest.approx(
+        (1000 - 40) / 80, abs=0.3
+    )
 
 
 def test_train_time_measures_without_touching_the_run(fabric: Any, task: Task) -> None:

@@ -15,7 +15,8 @@ from yolo.runs.checkpoint import LoadedWeights
 from yolo.tasks.calibration import CalibrationSplit
 from yolo.tasks.detection import DetectionSplit
 
-PASSES = 2  # new scores keep other boxes: a second fit halved the error of the first, a third did nothing
+# new scores keep other boxes: a second fit halved the error of the first, a third did nothing
+PASSES = 2
 SCORE_THRESHOLD = 0.001  # of calibrated weights: most boxes that held 0.01 before are below it now
 
 
@@ -24,14 +25,16 @@ def calibrate_scores(
 ) -> LoadedWeights:
     """Return the weights with heads whose scores say how often a detection is right.
 
-    Each scale's objectness becomes a * objectness + b, folded into the last convolution of its head, so
-    that whatever uses the weights uses the calibration; the cell accuracies alone undo it. It is told
-    in `calibration`: the factors [3, 2], coarse to fine, and the expected error before.
+    Each scale's objectness becomes a * objectness + b, folded into the last convolution of its
+    head, so that whatever uses the weights uses the calibration; the cell accuracies alone undo it.
+    It is told in `calibration`: the factors [3, 2], coarse to fine, and the expected error before.
     """
     model = cast(YoloV3, copy.deepcopy(loaded.model)).to(fabric.device)
     factors, errors = torch.tensor([[1.0, 0.0]] * 3), list[float]()
     for _ in range(PASSES):
-        config = dataclasses.replace(split.config, score_threshold=SCORE_THRESHOLD if errors else 0.01)
+        config = dataclasses.replace(
+            split.config, score_threshold=SCORE_THRESHOLD if errors else 0.01
+        )
         data_split = CalibrationSplit.like(dataclasses.replace(split, config=config))
         data = evaluate(fabric, model, data_split, make_eval_loader(fabric, cfg, split), full=True)
         assert data is not None

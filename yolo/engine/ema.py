@@ -7,14 +7,14 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class Ema:
-    """The averaged copy `module` of a model, batch-normalisation statistics included, always in eval mode.
+    """The averaged copy `module` of a model, its statistics included, always in eval mode.
 
-    The decay rises from 0.1 to its final value, min(decay, (1 + step) / (10 + step)), so that the average
-    does not remember the initial weights.
+    The decay rises from 0.1 to its final value, min(decay, (1 + step) / (10 + step)), so that the
+    average does not remember the initial weights.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        """Copy a model that is where it stays: its tensors are listed here once, not at each step."""
+        """Copy a model that is where it stays: its tensors are listed once, not at each step."""
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
         self.averages, self.values = _floating(self.module), _floating(model)
@@ -26,4 +26,6 @@ class Ema:
 
 
 def _floating(model: nn.Module) -> list[Tensor]:
-    return [value for value in model.state_dict(keep_vars=True).values() if value.is_floating_point()]
+    return [
+        value for value in model.state_dict(keep_vars=True).values() if value.is_floating_point()
+    ]

@@ -23,8 +23,8 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h, see mallopt
 def make_fabric(cfg: HardwareConfig) -> tuple[Fabric, torch.amp.GradScaler | None]:
     """Return a launched Fabric and its gradient scaler (None unless the precision is 16-mixed).
 
-    Under torchrun the world is what torchrun says: left to itself, Fabric forms a world of one per process on
-    CPUs. The scaler is ours so that a checkpoint can hold it.
+    Under torchrun the world is what torchrun says: left to itself, Fabric forms a world of one per
+    process on CPUs. The scaler is ours so that a checkpoint can hold it.
     """
     device = _device_type(cfg.accelerator)
     if device == "cpu":
@@ -47,7 +47,8 @@ def make_fabric(cfg: HardwareConfig) -> tuple[Fabric, torch.amp.GradScaler | Non
 def keep_freed_memory() -> None:
     """Let this process keep the memory of freed tensors for the next ones, where malloc is glibc's.
 
-    As it comes, glibc gives large blocks back to the system, which clears their pages anew for each step.
+    As it comes, glibc gives large blocks back to the system, which clears their pages anew for each
+    step.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -107,7 +108,8 @@ def agree(fabric: Fabric, *flags: bool) -> list[bool]:
     if fabric.world_size == 1:
         return list(flags)
     votes = torch.tensor(flags, dtype=torch.int32)
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=_cpu_group())  # asking the GPU would wait for it
+    # asking the GPU would wait for it
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=_cpu_group())
     return votes.bool().tolist()
 
 

@@ -21,18 +21,28 @@ from yolo.tasks.base import EvalSplit, Metrics, Task
 
 
 def optimizer_steps(loader: DataLoader, grad_accum_steps: int) -> Iterator[list[Any]]:
-    """Yield the micro-batches of one optimizer step after another, epoch after epoch without an end."""
+    """Yield the micro-batches of one optimizer step after another, epoch after epoch, endless."""
     batches = iter(loader)
     while micro_batches := list(islice(batches, grad_accum_steps)):
         yield micro_batches
 
 
 def train_step(
-    fabric: Fabric, state: State, task: Task, micro_batches: Sequence[Any], *, lr: float, beta1: float
+    fabric: Fabric,
+    state: State,
+    task: Task,
+    micro_batches: Sequence[Any],
+    *,
+    lr: float,
+    beta1: float,
 ) -> None:
     """Make one optimizer step from the micro-batches of this rank; never waits for the device."""
-    on_device = [[part.to(fabric.device, non_blocking=True) for part in batch] for batch in micro_batches]
-    counts = sum_over_ranks(fabric, torch.stack([task.count(targets) for _, targets in on_device]).sum(0))
+    on_device = [
+        [part.to(fabric.device, non_blocking=True) for part in batch] for batch in micro_batches
+    ]
+    counts = sum_over_ranks(
+        fabric, torch.stack([task.count(targets) for _, targets in on_device]).sum(0)
+    )
     finite = torch.ones((), dtype=torch.bool, device=fabric.device)
     for i, (images, targets) in enumerate(on_device):
         with fabric.no_backward_sync(state.model, enabled=i + 1 < len(micro_batches)):
@@ -64,7 +74,7 @@ def train_one_epoch(
     stop: StopRequest,
     run: Run,
 ) -> None:
-    """Train from the state's position to the end of its epoch, of the run, or until somebody asks to stop.
+    """Train from the state's position to the end of its epoch or the run, or until asked to stop.
 
     Args:
         fabric: as launched.
@@ -97,7 +107,8 @@ def train_one_epoch(
     except torch.OutOfMemoryError:
         raise UserError(
             f"out of GPU memory at --img-sizes {max(cfg.img_sizes)} with --batch-size "
-            f"{schedule.global_batch}: double --grad-accum-steps (the same batch in smaller parts), lower "
+            f"{schedule.global_batch}: double --grad-accum-steps (the same batch in smaller "
+            "parts), lower "
             "--batch-size, or drop the largest of --img-sizes"
         ) from None
     finally:
@@ -107,7 +118,7 @@ def train_one_epoch(
 def evaluate_if_due(
     fabric: Fabric, state: State, task: Task, loader: DataLoader, stop: StopRequest, run: Run
 ) -> dict[str, Any] | None:
-    """Test the averaged weights at the end and every `eval_every` epochs; None if not due or stopped."""
+    """Test the averaged weights if that is due (at the end it is); None if not, or if stopped."""
     cfg = task.config
     at_end = state.step >= run.end
     if not at_end and (not state.evaluation_due or state.epoch % cfg.eval_every):
@@ -119,7 +130,9 @@ def evaluate_if_due(
     if metrics is None:
         return None
     results = (
-        {"image_count": len(task.eval_split.dataset), **metrics.compute()} if fabric.is_global_zero else {}
+        {"image_count": len(task.eval_split.dataset), **metrics.compute()}
+        if fabric.is_global_zero
+        else {}
     )
     results = fabric.broadcast({**results, "seconds": time.perf_counter() - start})
     state.evaluation_due = False
@@ -127,8 +140,12 @@ def evaluate_if_due(
     run.record_evaluation(state, results, is_best=score > state.best_score)
     state.best_score = max(score, state.best_score)
     first_or_last = at_end or state.epoch <= cfg.eval_every
-    if fabric.is_global_zero and (state.epoch % cfg.plot_every == 0 if cfg.plot_every else first_or_last):
-        drawn = task.eval_split.draw_predictions(lambda images: predict(fabric, state.ema.module, images))
+    if fabric.is_global_zero and (
+        state.epoch % cfg.plot_every == 0 if cfg.plot_every else first_or_last
+    ):
+        drawn = task.eval_split.draw_predictions(
+            lambda images: predict(fabric, state.ema.module, images)
+        )
         run.picture("test", drawn, state.step)
     return results
 
@@ -161,10 +178,12 @@ def evaluate(
         stop: lets a signal end the test early.
     """
     for buffer in model.buffers() if fabric.world_size > 1 else ():
-        dist.broadcast(buffer, 0)  # each rank averaged the batch statistics that it saw; rank 0's are saved
+        # each rank averaged the batch statistics that it saw; rank 0's are saved
+        dist.broadcast(buffer, 0)
     metrics = split.metrics(full=full)
     progress = Progress(len(loader), "test", fabric.is_global_zero)
-    common_batches = len(split.dataset) // fabric.world_size // (loader.batch_size or 1)  # of all ranks
+    # of all ranks
+    common_batches = len(split.dataset) // fabric.world_size // (loader.batch_size or 1)
     for i, (images, targets) in enumerate(loader):
         if stop and i < common_batches and agreed_reason(fabric, stop):
             return None

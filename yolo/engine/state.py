@@ -26,7 +26,8 @@ class State:
     ema: Ema
     scaler: torch.amp.GradScaler | None
     bad_steps: Tensor  # consecutive steps whose loss was not finite, on this rank
-    loss_sums: dict[str, Tensor] = field(default_factory=dict)  # of this rank, since the last log line
+    # of this rank, since the last log line
+    loss_sums: dict[str, Tensor] = field(default_factory=dict)
     logged_scale: float = 1.0  # the scaler's factor at the last log line
     step: int = 0  # optimizer steps done
     epoch: int = 0
@@ -35,7 +36,7 @@ class State:
     best_score: float = -1.0
 
     def __post_init__(self) -> None:
-        """List the parameters once: to look for them in 200 modules at each step takes a millisecond."""
+        """List the parameters once: finding them at each step takes a millisecond."""
         self.parameters = list(self.network.parameters())
 
     def add_losses(self, names: Sequence[str], terms: Tensor) -> None:
@@ -47,13 +48,15 @@ class State:
             self.loss_sums = dict(zip(names, values, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain types only. Every rank has to call it: each adds its own loss sums."""
+        """Return tensors and plain types only. Every rank has to call it and adds its loss sums."""
         return {
             "model": self.network.state_dict(),
             "ema": self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
-            "loss_sums": gather(self.fabric, {name: float(value) for name, value in self.loss_sums.items()}),
+            "loss_sums": gather(
+                self.fabric, {name: float(value) for name, value in self.loss_sums.items()}
+            ),
             "logged_scale": self.logged_scale,
             "step": self.step,
             "epoch": self.epoch,
@@ -72,7 +75,9 @@ class State:
             setattr(self, name, content[name])
         self.loss_sums = self._own_loss_sums(content["loss_sums"])
         if (self.scaler is None) != (content["scaler"] is None):
-            return ["the checkpoint was made in another precision: the gradient scaler starts fresh"]
+            return [
+                "the checkpoint was made in another precision: the gradient scaler starts fresh"
+            ]
         if self.scaler is not None:
             self.scaler.load_state_dict(content["scaler"])
             self.logged_scale = content["logged_scale"]
@@ -88,19 +93,23 @@ class State:
         }
 
     def is_finite(self) -> Tensor:
-        """Return, on the device, whether all weights and batch statistics are finite, averaged ones included.
+        """Return, on the device, whether all weights and statistics, averaged ones too, are finite.
 
-        A loss can look well again after an overflow; the statistics that it went into do not recover.
+        A loss can look well again after an overflow; the statistics that it went into do not
+        recover.
         """
         largest = torch._foreach_norm([*self.ema.values, *self.ema.averages], torch.inf)
         return torch.stack(largest).isfinite().all()
 
 
-def make_state(fabric: Fabric, scaler: torch.amp.GradScaler | None, cfg: Config, task: Task) -> State:
+def make_state(
+    fabric: Fabric, scaler: torch.amp.GradScaler | None, cfg: Config, task: Task
+) -> State:
     """Move the task to the device, wrap the model and build optimizer and EMA."""
     network = task.model
     if cfg.sync_batchnorm and fabric.world_size > 1:
-        from timm.layers import convert_sync_batchnorm  # torch's own would drop the activations of timm's
+        # torch's own would drop the activations of timm's
+        from timm.layers import convert_sync_batchnorm
 
         network = convert_sync_batchnorm(network)
     network = network.to(fabric.device).to(memory_format=torch.channels_last)
@@ -117,13 +126,15 @@ def make_state(fabric: Fabric, scaler: torch.amp.GradScaler | None, cfg: Config,
 
 
 def make_optimizer(network: nn.Module, cfg: Config) -> torch.optim.Adam:
-    """Return Adam or AdamW; only weights of two or more dimensions decay. The schedule sets its rate.
+    """Return Adam or AdamW without a rate of its own; weights of two or more dimensions decay.
 
-    Each group takes its `lr_factor` of the schedule's rate. A backbone that is frozen or learns more slowly
-    has groups of its own. A checkpoint stores Adam's state by position: the backbone comes first within the
-    weights and within the others, as it does in the network, so no flag moves a parameter.
+    Each group takes its `lr_factor` of the schedule's rate. A backbone that is frozen or learns
+    more slowly has groups of its own. A checkpoint stores Adam's state by position: the backbone
+    comes first within the weights and within the others, as it does in the network, so no flag
+    moves a parameter.
 
-    It is fused: with a gradient scaler, only then is a step that overflowed left out without asking the GPU.
+    It is fused: with a gradient scaler, only then is a step that overflowed left out without asking
+    the GPU.
     """
     apart = cfg.backbone_lr_factor != 1 or cfg.freeze_backbone > 0
     backbone = {*network.backbone.parameters()} if apart and isinstance(network, YoloV3) else set()
@@ -148,10 +159,10 @@ def make_optimizer(network: nn.Module, cfg: Config) -> torch.optim.Adam:
 
 
 def freeze_backbone(state: State, cfg: Config) -> None:
-    """Hold the backbone still while the epoch is among the first `cfg.freeze_backbone`, then let it learn.
+    """Hold the backbone still for the first `cfg.freeze_backbone` epochs, then let it learn.
 
-    Frozen, its rate is zero (and with it the decay) and its batch statistics stay. It follows from the
-    epoch alone, so that a resumed run and every rank know it.
+    Frozen, its rate is zero (and with it the decay) and its batch statistics stay. It follows from
+    the epoch alone, so that a resumed run and every rank know it.
     """
     if not cfg.freeze_backbone or not isinstance(state.network, YoloV3):
         return

@@ -27,7 +27,11 @@ class StopRequest:
     @property
     def reason(self) -> str | None:
         """`SIGTERM`, `SIGINT`, `--max-time`, or None to go on."""
-        if self._signal is None and self._deadline is not None and time.monotonic() >= self._deadline:
+        if (
+            self._signal is None
+            and self._deadline is not None
+            and time.monotonic() >= self._deadline
+        ):
             return "--max-time"
         return self._signal
 
@@ -38,4 +42,8 @@ class StopRequest:
                 os._exit(EXIT_CODES[name])
             return
         self._signal, self._signal_time = name, time.monotonic()
-        print(f"\n{name}: finishing this step and saving (again: exit at once)", file=sys.stderr, flush=True)
+        print(
+            f"\n{name}: finishing this step and saving (again: exit at once)",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -1,7 +1,8 @@
-"""What a run finds out by trying, a batch that fits and a good learning rate, and the schedule from them.
+"""What a run finds out by trying, a batch that fits and a good learning rate; the schedule.
 
-The learning-rate range test is Smith's (arXiv:1506.01186): train briefly while the rate rises exponentially,
-and look where the loss is lowest before it diverges. Both work on a copy: the run itself starts untouched.
+The learning-rate range test is Smith's (arXiv:1506.01186): train briefly while the rate rises
+exponentially, and look where the loss is lowest before it diverges. Both work on a copy: the run
+itself starts untouched.
 """
 
 import copy
@@ -52,7 +53,9 @@ def resolve(
     """
     values, earlier = task.config.to_dict(), checkpoint.content["config"] if checkpoint else {}
     if values["batch_size"] == "auto":
-        values["batch_size"] = earlier.get("batch_size") or find_batch_size(fabric, task.config, task)
+        values["batch_size"] = earlier.get("batch_size") or find_batch_size(
+            fabric, task.config, task
+        )
         fabric.print(f"--batch-size auto: {values['batch_size']}")
     if values["max_lr"] == "auto":
         trial = ResolvedConfig.from_dict({**values, "max_lr": HIGHEST_LR})
@@ -67,7 +70,9 @@ def resolve(
     return dataclasses.replace(cfg, epochs=epochs)
 
 
-def plan(fabric: Fabric, cfg: ResolvedConfig, task: Task, sampler: MultiSizeBatchSampler) -> Schedule:
+def plan(
+    fabric: Fabric, cfg: ResolvedConfig, task: Task, sampler: MultiSizeBatchSampler
+) -> Schedule:
     """Plan the one-cycle for this data set and this global batch."""
     return plan_schedule(
         cfg,
@@ -88,7 +93,7 @@ class LrRange:
 
     @property
     def proposal(self) -> float:
-        """A tenth of the rate at the lowest smoothed loss: at the lowest point itself it is too late."""
+        """A tenth of the rate at the lowest smoothed loss: there itself it is too late."""
         best = min(range(len(self.lr)), key=self.smoothed.__getitem__)
         return float(f"{self.lr[best] / 10:.1e}")
 
@@ -109,7 +114,9 @@ def find_max_lr(
     if fabric.is_global_zero:
         _write_curve(curve, folder / "lr_range.txt")
         _plot_curve(curve, folder / "lr_range.png")
-    fabric.print(f"learning-rate range test: try --max-lr {curve.proposal} (see {folder / 'lr_range.png'})")
+    fabric.print(
+        f"learning-rate range test: try --max-lr {curve.proposal} (see {folder / 'lr_range.png'})"
+    )
     return curve.proposal
 
 
@@ -145,7 +152,7 @@ def run_range_test(
 
 
 def smooth(losses: list[float]) -> list[float]:
-    """Return the exponential moving average of the losses, corrected for its start at zero (as Adam does)."""
+    """Return the exponential moving average of the losses, corrected for its start as in Adam."""
     average, smoothed = 0.0, []
     for count, loss in enumerate(losses, start=1):
         average = SMOOTHING * average + (1 - SMOOTHING) * loss
@@ -160,7 +167,7 @@ def epochs_in_time(
     cfg: ResolvedConfig,
     seconds: float,
 ) -> float:
-    """Return how many epochs, their tests included, there is room for in `seconds`; at least one step.
+    """Return how many epochs, tests included, there is room for in `seconds`; at least one step.
 
     A copy of the model trains for a while; rank 0's clock counts for all.
     """
@@ -175,7 +182,8 @@ def epochs_in_time(
     steps_per_epoch = len(make_sampler(fabric, cfg, len(task.train_set)))
     epoch_seconds = steps_per_epoch * step_seconds + test_seconds / cfg.eval_every
     fabric.print(
-        f"speed        {cfg.batch_size / step_seconds:.1f} images/s, {epoch_seconds:.0f} s an epoch, "
+        f"speed        {cfg.batch_size / step_seconds:.1f} images/s, "
+        f"{epoch_seconds:.0f} s an epoch, "
         f"{test_seconds:.0f} s of them a test"
     )
     left = seconds - (time.perf_counter() - start) - test_seconds  # the last test is always made
@@ -185,14 +193,15 @@ def epochs_in_time(
 def _seconds_of_a_step(
     fabric: Fabric, state: State, task: Task, cfg: ResolvedConfig, at_most: float
 ) -> float:
-    """Train for `at_most` seconds or MEASURED_STEPS steps, the later, but 10 s do; return a mean step's time.
+    """Train for `at_most` seconds or MEASURED_STEPS, the later, but 10 s do; return a step's time.
 
     Steps differ with their image size: a mean step has the mean area of `--img-sizes`.
     """
     loader = make_train_loader(fabric, cfg, task, make_sampler(fabric, cfg, len(task.train_set)))
     steps = optimizer_steps(loader, cfg.grad_accum_steps)
     lr = cfg.max_lr / cfg.div_factor
-    for micro_batches in islice(steps, 3 + 2 * loader.num_workers):  # slow first calls, and full queues
+    # slow first calls, and full queues
+    for micro_batches in islice(steps, 3 + 2 * loader.num_workers):
         train_step(fabric, state, task, micro_batches, lr=lr, beta1=BETA1)
     start, areas = time.perf_counter(), 0
     for count, micro_batches in enumerate(steps, start=1):
@@ -208,7 +217,7 @@ def _seconds_of_a_step(
 
 
 def _seconds_of_a_test(fabric: Fabric, model: nn.Module, task: Task) -> float:
-    """Estimate the time of a whole test from its first images, which are decoded here, one after another."""
+    """Estimate the time of a whole test from its first images, decoded here one by one."""
     split = task.eval_split
     predict(fabric, model, split.first_batch()[0])  # the first call of a device is slow
     start = time.perf_counter()
@@ -219,9 +228,10 @@ def _seconds_of_a_test(fabric: Fabric, model: nn.Module, task: Task) -> float:
 
 
 def find_batch_size(fabric: Fabric, cfg: Config, task: Task, largest: int | None = None) -> int:
-    """Return the largest global batch whose micro-batches fit on every rank at the largest image size.
+    """Return the largest global batch whose parts fit on every rank at the largest image size.
 
-    Micro-batches are powers of two up to `largest`: 256, or 16 without a GPU, where more does not pay.
+    Micro-batches are powers of two up to `largest`: 256, or 16 without a GPU, where more does not
+    pay.
 
     Raises:
         UserError: if not even one image fits.
@@ -233,7 +243,9 @@ def find_batch_size(fabric: Fabric, cfg: Config, task: Task, largest: int | None
     sizes = [2**power for power in range(int(math.log2(top)), -1, -1)]
     smaller = iter([*sizes[1:], 0])
 
-    @find_executable_batch_size(starting_batch_size=sizes[0], reduce_batch_size_fn=lambda: next(smaller))
+    @find_executable_batch_size(
+        starting_batch_size=sizes[0], reduce_batch_size_fn=lambda: next(smaller)
+    )
     def largest_fitting(batch_size: int) -> int:
         _try_micro_batch(fabric, cfg, task, batch_size)
         return batch_size
@@ -247,14 +259,15 @@ def find_batch_size(fabric: Fabric, cfg: Config, task: Task, largest: int | None
     micro_batch = min(gather(fabric, found))
     if micro_batch == 0:
         raise UserError(
-            f"not even one image of --img-sizes {max(cfg.img_sizes)} fits into memory: choose smaller "
+            f"not even one image of --img-sizes {max(cfg.img_sizes)} fits into memory: choose "
+            "smaller "
             "--img-sizes or --width"
         )
     return micro_batch * fabric.world_size * cfg.grad_accum_steps
 
 
 def _try_micro_batch(fabric: Fabric, cfg: Config, task: Task, batch_size: int) -> None:
-    """Make two optimizer steps at the largest image size: the second one holds Adam's state as well."""
+    """Make two optimizer steps at the largest size: the second one holds Adam's state as well."""
     images, targets = (part.to(fabric.device) for part in _repeated_batch(cfg, task, batch_size))
     network = copy.deepcopy(task.model).to(fabric.device).to(memory_format=torch.channels_last)
     optimizer = make_optimizer(network, cfg)
@@ -268,13 +281,15 @@ def _try_micro_batch(fabric: Fabric, cfg: Config, task: Task, batch_size: int) -
 
 def _repeated_batch(cfg: Config, task: Task, batch_size: int) -> Any:
     """Collate `batch_size` samples of the largest size, few of them distinct to save time."""
-    distinct = MultiSizeBatchSampler(len(task.train_set), min(batch_size, 4), (max(cfg.img_sizes),), cfg.seed)
+    distinct = MultiSizeBatchSampler(
+        len(task.train_set), min(batch_size, 4), (max(cfg.img_sizes),), cfg.seed
+    )
     samples = [task.train_samples[key] for key in next(iter(distinct))]
     return task.train_collate((samples * batch_size)[:batch_size])
 
 
 def rising_rates(steps: int) -> list[float]:
-    """Return `steps` learning rates from the lowest to the highest, evenly spaced on a log scale."""
+    """Return `steps` learning rates from lowest to highest, evenly spaced on a log scale."""
     growth = (HIGHEST_LR / LOWEST_LR) ** (1 / max(1, steps - 1))
     return [LOWEST_LR * growth**step for step in range(steps)]
 
@@ -298,7 +313,10 @@ def _plot_curve(curve: LrRange, path: Path) -> None:
     axes.plot(curve.lr, curve.loss, color="tab:blue", alpha=0.3, label="loss")
     axes.plot(curve.lr, curve.smoothed, color="tab:blue", label="smoothed")
     axes.axvline(
-        curve.proposal, color="tab:orange", linestyle="--", label=f"proposed --max-lr {curve.proposal}"
+        curve.proposal,
+        color="tab:orange",
+        linestyle="--",
+        label=f"proposed --max-lr {curve.proposal}",
     )
     axes.set_ylim(0, 2 * curve.smoothed[0])
     axes.legend()
