@@ -49,12 +49,10 @@ def assign_targets(
     exceeds `ignore_iou` are ignored, unless another box takes them. `paper` (section 2.1): only the
     best of all nine anchors is positive, and the loss ignores predictions that overlap a box by
     more than `ignore_iou`. `fits`: as the reference, but only among anchors that fit the box
-    (`FIT_RATIO`; the best of all nine if none does), and its cells on scales without one are
-    ignored; `fits-empty`: they are empty. `multi`: as `fits`, but every anchor that fits is
-    positive.
+    (`FIT_RATIO`; the best of all nine if none does), and its cells on other scales are ignored;
+    `fits-empty`: they are empty. `multi`: as `fits`, but every anchor that fits is positive.
 
-    The index arithmetic stays where the boxes are, on the CPU: how many cells are taken is known
-    only after it, and asking a GPU would stall it. The grids are made on `device`.
+    The index arithmetic stays on the CPU: a GPU would be asked how many cells are taken, and stall.
 
     Args:
         targets: per image `boxes` [M, 4] xyxy pixels, `labels` [M], `difficult` [M].

@@ -108,8 +108,7 @@ def train_one_epoch(
         raise UserError(
             f"out of GPU memory at --img-sizes {max(cfg.img_sizes)} with --batch-size "
             f"{schedule.global_batch}: double --grad-accum-steps (the same batch in smaller "
-            "parts), lower "
-            "--batch-size, or drop the largest of --img-sizes"
+            "parts), lower --batch-size, or drop the largest of --img-sizes"
         ) from None
     finally:
         meter.close()
