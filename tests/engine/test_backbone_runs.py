@@ -33,7 +33,9 @@ def _backbone(content: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module", params=["mobilenetv3_small_050", "regnetx_002"])
-def run(request: pytest.FixtureRequest, tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(
+    request: pytest.FixtureRequest, tiny_config: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A run of two epochs of six steps; it was killed in either, and resumed."""
     run = tmp_path_factory.mktemp("timm") / "run"
     log = run.with_suffix(".log")
@@ -64,7 +66,9 @@ def test_a_frozen_backbone_stays_as_it_is_statistics_included_and_then_learns(ru
     assert content_digest(_backbone(first)) == content_digest(_backbone(frozen))
     assert not torch.equal(first["model"]["heads.0.1.weight"], frozen["model"]["heads.0.1.weight"])
     changed = [
-        name for name, value in _backbone(free).items() if not torch.equal(value, frozen["model"][name])
+        name
+        for name, value in _backbone(free).items()
+        if not torch.equal(value, frozen["model"][name])
     ]
     assert set(changed) == set(_backbone(free))
 
@@ -75,9 +79,13 @@ def test_it_exports_with_parity_at_any_size(run: Path, tmp_path: Path) -> None:
     again = load_weights(tmp_path / "model.safetensors")
     assert again.config.backbone == loaded.config.backbone
     export(again, tmp_path / "model.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        tmp_path / "model.onnx", providers=["CPUExecutionProvider"]
+    )
     images = torch.rand(2, 3, 96, 64)
-    boxes, scores = (torch.from_numpy(output) for output in session.run(None, {"images": images.numpy()}))
+    boxes, scores = (
+        torch.from_numpy(output) for output in session.run(None, {"images": images.numpy()})
+    )
     assert again.anchors is not None
     with torch.inference_mode():
         wanted, objectness, class_probs = decode(again.model(images), again.anchors)

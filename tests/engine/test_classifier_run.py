@@ -1,4 +1,4 @@
-"""The classifier from the first step to the exported file, with the same commands as the detector."""
+"""The classifier from the first step to the exported file, by the detector's commands."""
 
 import json
 import re
@@ -18,7 +18,18 @@ CONFIG = ["--config", "configs/digits_classify.yaml"]
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder after eight steps of a very narrow network."""
     folder = tmp_path_factory.mktemp("runs") / "first"
-    words = [*CONFIG, *CPU, "--width", "0.125", "--epochs", "1", "--batch-size", "64", "--max-steps", "8"]
+    words = [
+        *CONFIG,
+        *CPU,
+        "--width",
+        "0.125",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "64",
+        "--max-steps",
+        "8",
+    ]
     assert train.main([*words, "--out-dir", str(folder)]) == 0
     return folder
 
@@ -46,7 +57,9 @@ def test_evaluate_repeats_the_result_and_draws_the_mistakes(
     assert evaluate.main(words) == 0
     assert _results(tmp_path)["confusion_matrix"] == _results(run)["confusion_matrix"]
     seven = _results(run)["per_class"]["7"]
-    assert re.search(rf"^  7 +{seven['images']} +{seven['accuracy']:.4f}$", capsys.readouterr().out, re.M)
+    assert re.search(
+        rf"^  7 +{seven['images']} +{seven['accuracy']:.4f}$", capsys.readouterr().out, re.M
+    )
     assert {path.stem for path in (tmp_path / "plots").glob("*.png")} == {
         "confusion_matrix",
         "mistakes",
@@ -64,12 +77,25 @@ def test_the_fast_form_answers_nearly_the_same(run: Path, tmp_path: Path) -> Non
 def test_the_exported_file_takes_the_place_of_the_checkpoint(run: Path, tmp_path: Path) -> None:
     small = tmp_path / "small.safetensors"
     assert evaluate.main(["--checkpoint", _checkpoint(run), "--export", str(small)]) == 0
-    assert evaluate.main(["--checkpoint", str(small), "--out-dir", str(tmp_path / "again"), *CPU]) == 0
+    assert (
+        evaluate.main(["--checkpoint", str(small), "--out-dir", str(tmp_path / "again"), *CPU]) == 0
+    )
     assert abs(_results(tmp_path / "again")["accuracy"] - _results(run)["accuracy"]) < 0.02
 
 
 def test_a_resumed_run_ends_in_the_same_results(run: Path, tmp_path: Path) -> None:
-    words = [*CONFIG, *CPU, "--width", "0.125", "--epochs", "1", "--batch-size", "64", "--save-every", "5"]
+    words = [
+        *CONFIG,
+        *CPU,
+        "--width",
+        "0.125",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "64",
+        "--save-every",
+        "5",
+    ]
     assert train.main([*words, "--max-steps", "5", "--out-dir", str(tmp_path / "cut")]) == 0
     assert train.main(["--resume", str(tmp_path / "cut"), "--max-steps", "8"]) == 0
     assert _results(tmp_path / "cut")["confusion_matrix"] == _results(run)["confusion_matrix"]

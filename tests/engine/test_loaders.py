@@ -26,6 +26,8 @@ def test_workers_whose_batches_do_not_fit_into_shared_memory_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**6))
-    with pytest.raises(UsageError, match=r"/dev/shm has 1 MB.*2 workers need up to 5 MB.*--workers"):
+    with pytest.raises(
+        UsageError, match=r"/dev/shm has 1 MB.*2 workers need up to 5 MB.*--workers"
+    ):
         check_shared_memory(2, 10**6)
     check_shared_memory(1, 10**5)

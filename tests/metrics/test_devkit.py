@@ -41,7 +41,9 @@ def test_a_class_with_a_slash_in_its_name_is_written_and_read_again(tmp_path: Pa
     _, scenes = scenes_of(0)
     scenes.class_names = ("mask", "w/o mask")
     one = np.zeros(1, np.int64)
-    write_detections(tmp_path, Detections(one, np.array([[0.0, 0, 9, 9]]), np.array([0.5]), one + 1), scenes)
+    write_detections(
+        tmp_path, Detections(one, np.array([[0.0, 0, 9, 9]]), np.array([0.5]), one + 1), scenes
+    )
     assert read_detections(tmp_path, scenes).labels.tolist() == [1]
 
 

@@ -30,7 +30,9 @@ def introduction(fabric: Fabric, cfg: ResolvedConfig, task: Task, run: Run) -> s
     if on_gpu and (gpus := torch.cuda.device_count()) > fabric.world_size:
         lines.append(f"hint         {gpus} GPUs are visible: --devices auto uses all of them")
     if cfg.mosaic_prob > 0.75:
-        lines.append("hint         --mosaic-prob 0.5 to 0.75 is advised: no object in a mosaic is large")
+        lines.append(
+            "hint         --mosaic-prob 0.5 to 0.75 is advised: no object in a mosaic is large"
+        )
     if cfg.anchors == "auto" and task.anchors is not None:
         lines += [f"anchors      {line}" for line in anchors_gained(task.train_set, cfg)]
     for data in (task.train_set, eval_set):

@@ -31,8 +31,8 @@ def make_sampler(fabric: Fabric, cfg: ResolvedConfig, num_samples: int) -> Multi
     one_cell = cfg.task == "detection" and min(cfg.img_sizes) == 32
     if one_cell and cfg.batch_size == shares:
         raise UsageError(
-            "--img-sizes 32 with one image at a time leaves batch norm a single value per channel: use "
-            "larger --img-sizes, a larger --batch-size or fewer --grad-accum-steps"
+            "--img-sizes 32 with one image at a time leaves batch norm a single value per channel: "
+            "use larger --img-sizes, a larger --batch-size or fewer --grad-accum-steps"
         )
     return MultiSizeBatchSampler(
         num_samples,
@@ -46,9 +46,13 @@ def make_sampler(fabric: Fabric, cfg: ResolvedConfig, num_samples: int) -> Multi
 
 
 def make_train_loader(
-    fabric: Fabric, cfg: Config, task: Task, sampler: MultiSizeBatchSampler, start_method: str | None = None
+    fabric: Fabric,
+    cfg: Config,
+    task: Task,
+    sampler: MultiSizeBatchSampler,
+    start_method: str | None = None,
 ) -> DataLoader:
-    """Return the loader of micro-batches, endless as its sampler, from the position of the sampler on.
+    """Return the loader of micro-batches, endless as its sampler, from the sampler's position on.
 
     Fabric's wrapper is left out: it would rebuild the sampler.
     """
@@ -89,7 +93,8 @@ def _worker_settings(
         "pin_memory": on_gpu,
         "persistent_workers": workers > 0,  # a test every few seconds should not start them anew
         "multiprocessing_context": start_method if workers else None,
-        "generator": torch.Generator(),  # else each start of an iterator takes a number from the run's own
+        # else each start of an iterator takes a number from the run's own
+        "generator": torch.Generator(),
     }
 
 
@@ -99,7 +104,7 @@ def check_shared_memory(workers: int, batch_bytes: int, prefetched: int = 2) -> 
     need = (prefetched * workers + 1) * batch_bytes
     if shared.is_dir() and need > (free := shutil.disk_usage(shared).free):
         raise UsageError(
-            f"/dev/shm has {free / 1e6:.0f} MB of shared memory free, but the batches of {workers} workers "
-            f"need up to {need / 1e6:.0f} MB: use fewer --workers (0 needs none), or enlarge /dev/shm "
-            "(docker run --shm-size)"
+            f"/dev/shm has {free / 1e6:.0f} MB of shared memory free, but the batches of {workers} "
+            f"workers need up to {need / 1e6:.0f} MB: use fewer --workers (0 needs "
+            "none), or enlarge /dev/shm (docker run --shm-size)"
         )

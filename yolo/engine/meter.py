@@ -18,7 +18,7 @@ MAX_BAD_STEPS = 5  # consecutive steps with a loss that is not finite, before gi
 
 
 class Meter:
-    """Speed, losses and time to go, logged every `log_every` steps: the only waits for the device."""
+    """Speed, losses, time to go, logged every `log_every` steps: the only waits for the device."""
 
     def __init__(self, fabric: Fabric, cfg: Config, state: State, run: Run) -> None:
         self.fabric, self.cfg, self.state, self.run = fabric, cfg, state, run
@@ -49,21 +49,23 @@ class Meter:
         """Write the mean losses since the last line.
 
         Raises:
-            UserError: if the loss has not been finite for `MAX_BAD_STEPS` steps, or the weights are not; on
-                all ranks together.
+            UserError: if the loss has not been finite for `MAX_BAD_STEPS` steps, or the weights are
+                not; on all ranks together.
         """
         state = self.state
         hopeless = torch.stack([state.bad_steps >= MAX_BAD_STEPS, ~state.is_finite()]).double()
         sums = torch.stack([*state.loss_sums.values(), *hopeless])
-        *losses, bad_loss, bad_weights = sum_over_ranks(self.fabric, sums).tolist()  # waits for the device
+        # waits for the device
+        *losses, bad_loss, bad_weights = sum_over_ranks(self.fabric, sums).tolist()
         if bad_loss or bad_weights:
             subject = "the loss has" if bad_loss else "the weights or batch statistics have"
             since = f" for {MAX_BAD_STEPS} steps" if bad_loss else ""
             go_on = (
-                f"the last good checkpoint is {self.run.last_checkpoint}: go on from it with a lower "
-                "--max-lr (--resume auto --replan) or with --precision 32-true"
+                f"the last good checkpoint is {self.run.last_checkpoint}: go on from it with a "
+                "lower --max-lr (--resume auto --replan) or with --precision 32-true"
                 if self.run.last_checkpoint
-                else "there is no checkpoint yet: start anew with a lower --max-lr or --precision 32-true"
+                else "there is no checkpoint yet: start anew with a lower --max-lr or "
+                "--precision 32-true"
             )
             raise UserError(f"{subject} not been finite{since} (now step {state.step}); {go_on}")
         seconds = time.perf_counter() - self.start
@@ -92,7 +94,13 @@ class Meter:
         self.progress.close()
 
     def _restart(self) -> None:
-        self.start, self.waited, self.images, self.steps, self.img_size = time.perf_counter(), 0.0, 0, 0, 0
+        self.start, self.waited, self.images, self.steps, self.img_size = (
+            time.perf_counter(),
+            0.0,
+            0,
+            0,
+            0,
+        )
 
     def _skipped_steps(self) -> dict[str, int]:
         """Steps that the gradient scaler left out since the last line: each halves the scale."""

@@ -63,7 +63,8 @@ def evaluation_figures(results: Results) -> dict[str, np.ndarray]:
         "reliability": ("calibration", reliability),
     }
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # names in a script that the font lacks show as boxes
+        # names in a script that the font lacks show as boxes
+        warnings.filterwarnings("ignore", "Glyph")
         return {
             name: _pixels(draw(results))
             for name, (key, draw) in drawings.items()
