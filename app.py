@@ -1,10 +1,11 @@
 """Open a model in the browser: detections, Grad-CAM heat maps, and the model card.
 
-python app.py                                                     # the bundled VOC detector
-python app.py --checkpoint runs/voc-.../checkpoints/....ckpt      # repeat --checkpoint to add a classifier
-python app.py --checkpoint hf://owner/name                        # weights from the Hugging Face Hub
-python app.py --checkpoint C --build-space DIR --samples 12       # a complete folder for a Hugging Face Space
-python app.py --checkpoint C --build-space DIR --push owner/name  # ... and upload it
+python app.py                                                 # the bundled VOC and CIFAR-10 models
+python app.py --data-root cifar-10-batches-bin                # ... with the misclassified images
+python app.py --checkpoint runs/voc-...                       # repeat --checkpoint for a classifier
+python app.py --checkpoint hf://owner/name                    # weights from the Hugging Face Hub
+python app.py --checkpoint C --build-space DIR --samples 12   # a folder for a Hugging Face Space
+python app.py --checkpoint C --build-space DIR --push owner/name
 """
 
 import os
@@ -27,8 +28,8 @@ class AppArgs:
     """What is shown, and where."""
 
     checkpoint: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A run folder, a `.ckpt` or `.safetensors` file, or `hf://owner/name`: a detector, a classifier, or
-    both (repeat the flag). Default: what is in `weights/`."""
+    """A run folder, a `.ckpt` or `.safetensors` file, or `hf://owner/name`: a detector, a
+    classifier, or both (repeat the flag). Default: what is in `weights/`."""
     data_root: str | None = None
     """Where the test data lies that samples are taken from. Default: as in the training run."""
     split: str | None = None
@@ -54,14 +55,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = cli.parse(AppArgs, argv, __doc__ or "", SETTINGS if SETTINGS.exists() else None)
 
     if args.push and not args.build_space:
-        raise UsageError("--push uploads the folder that --build-space DIR writes: give that as well")
+        raise UsageError(
+            "--push uploads the folder that --build-space DIR writes: give that as well"
+        )
 
     from yolo.app import space
     from yolo.app.models import load_models
 
     models = load_models(args.checkpoint, args.model_url)
-    data = {key: getattr(args, key) for key in ("data_root", "split") if getattr(args, key) is not None}
-    brought = None if args.checkpoint or data else HOME / "samples"  # they go with the bundled weights
+    data = {
+        key: getattr(args, key) for key in ("data_root", "split") if getattr(args, key) is not None
+    }
+    brought = None if args.checkpoint else HOME / "samples"  # they go with the bundled weights
     if args.build_space:
         folder = space.build(Path(args.build_space), HOME, models, args.samples, data, brought)
         print(f"{folder} is ready: try it with `cd {folder} && python app.py`")

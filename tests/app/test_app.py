@@ -14,6 +14,7 @@ from PIL import ExifTags, Image
 
 import app
 from yolo.app.about import classes_html, model_card, model_name, results_markdown
+from yolo.app.classify_tab import errors_text
 from yolo.app.detector import (
     MAX_DETECTIONS,
     Detection,
@@ -51,7 +52,9 @@ def random_classifier() -> LoadedWeights:
 
 def save(loaded: LoadedWeights, folder: Path) -> Path:
     path = folder / loaded.path
-    save_weights(path, loaded.model, loaded.config, loaded.class_names, loaded.anchors, loaded.results)
+    save_weights(
+        path, loaded.model, loaded.config, loaded.class_names, loaded.anchors, loaded.results
+    )
     return path
 
 
@@ -90,7 +93,12 @@ def bomb() -> bytes:
         )
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize(
@@ -163,7 +171,9 @@ def test_large_pictures_are_kept_small_and_boxes_refer_to_the_original(
     assert (picture.height, picture.width) == (4000, 6000)
     view = detector.trace(picture)
     detections = detector.detections(view, LOW)
-    boxes = [found["box"] for found in json.loads(to_json(view, detections, DIGITS, LOW))["detections"]]
+    boxes = [
+        found["box"] for found in json.loads(to_json(view, detections, DIGITS, LOW))["detections"]
+    ]
     expected = [detection.box * 6000 / picture.pixels.shape[1] for detection in detections]
     assert boxes and np.abs(np.array(boxes) - expected).max() < 0.1
 
@@ -214,7 +224,9 @@ def test_the_network_runs_once_per_picture(
     assert len(calls) == 1
 
 
-def test_a_higher_threshold_leaves_the_more_confident_ones(detector: DetectionExplainer, view: View):
+def test_a_higher_threshold_leaves_the_more_confident_ones(
+    detector: DetectionExplainer, view: View
+):
     low, high = (detector.detections(view, Thresholds(score, 0.45)) for score in (0.3, 0.5))
     assert 0 < len(high) < len(low)
     assert [f.score for f in low] == sorted((f.score for f in low), reverse=True)
@@ -235,9 +247,8 @@ def test_annotated_objects_that_nothing_found_are_missed(
     labels = np.array([found.label, 3, 4])
     note = Annotation(boxes, labels, np.array([False, False, True]), 96, 160)
     detections = detector.detections(detector.trace(Picture(pixels, 96, 160), note), LOW)
-    assert [(f.label, f.index) for f in detections if f.kind == "missed"] == [
-        (3, 1)
-    ]  # the difficult one is not
+    missed = [(one.label, one.index) for one in detections if one.kind == "missed"]
+    assert missed == [(3, 1)]  # the difficult one is not
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -245,7 +256,11 @@ def test_every_detection_can_be_explained_at_all_its_layers(
     detector: DetectionExplainer, view: View, method: str
 ):
     missed = Detection("missed", 0, 2, None, np.array([3, 5, 60, 70], np.float32))
-    for detection in (detector.detections(view, LOW)[0], missed, detector.detections(view, HIGH)[0]):
+    for detection in (
+        detector.detections(view, LOW)[0],
+        missed,
+        detector.detections(view, HIGH)[0],
+    ):
         for layer in detector.layers(view, detection):
             explanation = detector.explain(view, detection, CamSettings(method, "score", layer))
             assert explanation.heat.shape == (96, 160)
@@ -311,17 +326,22 @@ def test_samples_stand_as_their_boxes_and_do_not_tell_where_they_were_taken(tmp_
         assert not picture.getexif() and picture.size == (sample.width, sample.height)
 
 
-def test_mistakes_are_wrong_and_the_most_confident_first(tmp_path: Path):
+def test_misclassified_images_are_wrong_and_the_most_confident_first(tmp_path: Path):
     loaded = random_classifier()
     samples = write_samples(tmp_path / "samples", loaded, loaded.config, 2)
-    confidence = [mistake.confidence for mistake in samples.mistakes]
+    confidence = [image.confidence for image in samples.misclassified]
     assert confidence == sorted(confidence, reverse=True) and confidence
-    assert all(mistake.label != mistake.predicted for mistake in samples.mistakes)
+    assert all(image.label != image.predicted for image in samples.misclassified)
     assert samples.data == "digits test", "it may stand in public: no path of this machine"
 
 
 def test_results_stand_beside_what_they_belong_to():
-    results = {"map_50": 0.81234, "data": "digits test", "loader": "single images", "weights": "ema"}
+    results = {
+        "map_50": 0.81234,
+        "data": "digits test",
+        "loader": "single images",
+        "weights": "ema",
+    }
     text = results_markdown(
         replace(lively_detector(), results=results | {"thresholds": {"score_threshold": 0.01}})
     )
@@ -337,6 +357,19 @@ def test_class_names_cannot_inject_markup():
 def test_the_card_names_the_origin_of_the_photographs_and_the_model_page():
     card = model_card(lively_detector(), None, "https://huggingface.co/owner/name")
     assert "CC BY" in card and "https://huggingface.co/owner/name" in card
+
+
+def test_the_card_tells_how_the_model_was_trained():
+    loaded = replace(lively_detector(), results={"images_seen": 12345})
+    card = model_card(loaded, None, None)
+    assert "YOLOv3 (Darknet-53)" in card and "epochs of `train`" in card
+    assert "12,345 images seen" in card
+    lite = replace(loaded, config=replace(loaded.config, backbone="timm/tf_efficientnet_lite2"))
+    assert "timm's tf_efficientnet_lite2" in model_card(lite, None, None)
+
+
+def test_without_test_images_the_classify_tab_names_the_flag_that_opens_them():
+    assert "--data-root" in errors_text(None)
 
 
 def test_other_data_in_the_layout_of_voc_is_not_called_pascal_voc():

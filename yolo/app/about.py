@@ -21,52 +21,53 @@ RESULT_ROWS = (
     ("accuracy", "accuracy"),
     ("mean_class_accuracy", "mean of the classes' accuracies"),
 )
-DATA_NAMES = {
-    "digits": "handwritten digits",
-    "voc": "PASCAL VOC",
-    "cifar10": "CIFAR-10",
-}
+DATA_NAMES = {"digits": "handwritten digits", "voc": "PASCAL VOC", "cifar10": "CIFAR-10"}
 TASKS = {"detection": "object detection", "classification": "image classification"}
 DIGITS = (
     "scikit-learn's copy of *Optical Recognition of Handwritten Digits* "
     "(E. Alpaydin, C. Kaynak, UCI Machine Learning Repository, CC BY 4.0)"
 )
 FLICKR = (
-    "photographs from Flickr, collected for the PASCAL VOC challenges (Everingham et al.). They belong to "
-    "those who took them; Flickr's terms of use apply, and the collection is meant for research"
+    "photographs from Flickr, collected for the PASCAL VOC challenges (Everingham et al.). They "
+    "belong to those who took them; Flickr's terms of use apply, and they are meant for research"
 )
 ORIGINS = {
     ("digits", "detection"): (
-        f"scenes that this project composes itself: {DIGITS} on crops of two photographs that come with "
-        "scikit-learn, `china.jpg` by danielbuechele and `flower.jpg` by vultilion (Flickr, both CC BY 2.0)"
+        f"scenes that this project composes itself: {DIGITS} on crops of two photographs that come "
+        "with scikit-learn, `china.jpg` by danielbuechele and `flower.jpg` by vultilion (Flickr, "
+        "both CC BY 2.0)"
     ),
     ("digits", "classification"): DIGITS,
     ("voc", "detection"): FLICKR,
     ("cifar10", "classification"): (
-        "CIFAR-10 (A. Krizhevsky, 2009), a labelled part of the Tiny Images collected from the web. "
-        "Its authors state no licence; use it for research"
+        "CIFAR-10 (A. Krizhevsky, 2009), a labelled part of the Tiny Images collected from the "
+        "web. Its authors state no licence; use it for research"
     ),
 }
-OWN_DATA = "a data set of its own. Whoever publishes this model should name the source and its terms here"
+OWN_DATA = (
+    "a data set of its own. Whoever publishes this model should name the source and its terms here"
+)
 
 HOW_TO_READ = """
 ### How to read a heat map
 
-Grad-CAM shows *which part of the picture raised the score of this box*: a number of its prediction (the
-class, the objectness, or both together) is traced back to the map that enters the box's own detection block.
-**Red** is the strongest evidence in this picture, **blue** is weak, and where the picture looks untouched
-there was none. Every map is scaled to its own maximum: compare places within a map, never two maps.
+Grad-CAM shows *which part of the picture raised the score of this box*: a number of its prediction
+(the class, that there is an object, or both together) is traced back to the map that enters the
+box's own detection block. **Red** is the strongest evidence in this picture, **blue** is weak, and
+where the picture looks untouched there was none. Every map is scaled to its own maximum: compare
+places within a map, never two maps.
 
-- **Beside the object?** The surroundings decided. That is worth knowing: such a model fails when they
-  change.
-- **A missed object** is shown by a dashed frame. Its map is that of the cell that should have found it.
+- **Beside the object?** The surroundings decided. That is worth knowing: such a model fails when
+  they change.
+- **A missed object** is shown by a dashed frame. Its map is that of the cell that should have found
+  it.
 - **"The map is empty"** means that no place raised that number.
-- **Methods.** *HiResCAM* and *LayerCAM* weigh each place by itself. *Grad-CAM* averages its weights over the
-  whole picture, so it can light up other objects of the kind, or nothing. *EigenCAM* ignores the target: it
-  shows the same map for every box, and is here for comparison only.
+- **Methods.** *HiResCAM* and *LayerCAM* weigh each place by itself. *Grad-CAM* averages its weights
+  over the whole picture, so it can light up other objects of the kind, or nothing. *EigenCAM*
+  ignores the target: it shows the same map for every box, and is here for comparison only.
 
-A map cannot tell *why* a place counted, nor that nothing else would have done. It is as coarse as its
-layer: a cell of stride 32 is 32 network pixels wide.
+A map cannot tell *why* a place counted, nor that nothing else would have done. It is as coarse as
+its layer: a cell of stride 32 is 32 network pixels wide.
 """
 
 
@@ -75,23 +76,32 @@ def model_name(*models: LoadedWeights) -> str:
     networks_of: dict[str, list[str]] = {}
     for loaded in models:
         data = DATA_NAMES.get(_data_set(loaded), "a data set of its own")
-        networks_of.setdefault(data, []).append("YOLOv3" if loaded.task == "detection" else "ResNet")
-    return ", ".join(f"{' and '.join(networks)} on {data}" for data, networks in networks_of.items())
+        networks_of.setdefault(data, []).append(
+            "YOLOv3" if loaded.task == "detection" else "ResNet"
+        )
+    return ", ".join(
+        f"{' and '.join(networks)} on {data}" for data, networks in networks_of.items()
+    )
 
 
 def classes_html(class_names: Sequence[str]) -> str:
     """Return the classes as chips in the colours of their boxes."""
     chips = "".join(
-        f'<span class="chip"><i style="background:rgb{class_color(label)}"></i>{escape(name)}</span>'
+        f'<span class="chip"><i style="background:rgb{class_color(label)}"></i>'
+        f"{escape(name)}</span>"
         for label, name in enumerate(class_names)
     )
     return f'<div class="chips">{chips}</div>'
 
 
 def results_markdown(loaded: LoadedWeights) -> str:
-    """Return the measured results as a table, with the data, loader and thresholds that they belong to."""
+    """Return the measured results as a table, with what they were measured on."""
     results = loaded.results
-    rows = [f"| {title} | {results[key]:.3f} |" for key, title in RESULT_ROWS if results.get(key) is not None]
+    rows = [
+        f"| {title} | {results[key]:.3f} |"
+        for key, title in RESULT_ROWS
+        if results.get(key) is not None
+    ]
     if not rows:
         return (
             "No results are stored in this file. Weights that a finished run exports carry theirs; "
@@ -102,20 +112,22 @@ def results_markdown(loaded: LoadedWeights) -> str:
 
 
 def model_card(loaded: LoadedWeights, samples: SampleSet | None, model_url: str | None) -> str:
-    """Return the model's card as Markdown: what it is, where its data comes from, and its limits."""
-    config = loaded.config
+    """Return the model's card as Markdown: what it is, how it was trained, and its limits."""
+    config, size = loaded.config, loaded.test_size
+    fitted = "letterboxed" if loaded.task == "detection" else "resized, their shape is not kept"
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     where = f"[{model_url}]({model_url})" if model_url else f"the file `{loaded.path.name}`"
     origin = ORIGINS.get((_data_set(loaded), config.task), OWN_DATA)
     lines = [
         f"- **Task:** {TASKS[loaded.task]}, {len(loaded.class_names)} classes",
         f"- **Network:** {_network(loaded)}, {parameters / 1e6:.1f} million parameters",
-        f"- **Input:** {_input(loaded)}",
+        f"- **Input:** {size} x {size} pixels, RGB; other pictures are {fitted}",
         f"- **Weights:** {where}; digest `{loaded.digest}`",
         f"- **Training data:** {origin}.",
+        f"- **Training:** {_training(loaded)}.",
         *_sample_lines(samples),
-        "- **Limits:** it knows only its classes, and only as its training data show them. Do not use it "
-        "where a mistake can hurt somebody.",
+        "- **Limits:** it knows only its classes, and only as its training data show them. Do not "
+        "use it where an error can hurt somebody.",
     ]
     return "\n".join(lines)
 
@@ -129,29 +141,42 @@ def _data_set(loaded: LoadedWeights) -> str:
 
 def _circumstances(results: dict[str, Any]) -> str:
     thresholds = results.get("thresholds") or {} if "map_50" in results else {}
+    weights = results.get("weights")
     facts = [
-        (
-            "weights",
-            {"ema": "running average (EMA)"}.get(str(results.get("weights")), results.get("weights")),
-        ),
+        ("weights", "running average (EMA)" if weights == "ema" else weights),
         ("data", results.get("data")),
         ("loader", results.get("loader")),
         ("image size", results.get("test_size")),
         ("epoch", results.get("epoch")),
-        *((name.replace("_", " ").replace("iou", "IoU"), value) for name, value in thresholds.items()),
+        *((name.replace("_", " ").replace("iou", "IoU"), at) for name, at in thresholds.items()),
     ]
-    return "<sub>" + " · ".join(f"{name}: {value}" for name, value in facts if value is not None) + "</sub>"
+    shown = " · ".join(f"{name}: {value}" for name, value in facts if value is not None)
+    return f"<sub>{shown}</sub>"
 
 
 def _network(loaded: LoadedWeights) -> str:
-    network = "YOLOv3 (Darknet-53)" if loaded.task == "detection" else "ResNet for 32 x 32 images"
-    return f"{network} at width {loaded.config.width:g}"
-
-
-def _input(loaded: LoadedWeights) -> str:
+    config = loaded.config
     if loaded.task == "classification":
-        return "32 x 32 pixels, RGB; other pictures are resized, their shape is not kept"
-    return f"{loaded.test_size} x {loaded.test_size} pixels, RGB, letterboxed"
+        return f"ResNet for 32 x 32 images at width {config.width:g}"
+    if config.backbone.startswith("timm/"):
+        backbone = config.backbone.removeprefix("timm/")
+        return f"YOLOv3 on timm's {backbone}, necks and heads at width {config.width:g}"
+    return f"YOLOv3 (Darknet-53) at width {config.width:g}"
+
+
+def _training(loaded: LoadedWeights) -> str:
+    config, results = loaded.config, loaded.results
+    sizes = ", ".join(map(str, config.img_sizes))
+    facts = [
+        f"{config.epochs:g} epochs of `{config.train_split}` in batches of {config.batch_size}",
+        f"images of {sizes} pixels",
+        f"{config.optimizer.capitalize()} with one cycle up to a rate of {config.max_lr:g}",
+    ]
+    if loaded.task == "detection" and config.mosaic_prob:
+        facts.append(f"mosaics of four images on {config.mosaic_prob:.0%}")
+    if "images_seen" in results:
+        facts.append(f"{results['images_seen']:,} images seen")
+    return "; ".join(facts)
 
 
 def _sample_lines(samples: SampleSet | None) -> list[str]:

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 
 from yolo.app.detector import resized
-from yolo.app.samples import Mistake, SampleSet
+from yolo.app.samples import Misclassified, SampleSet
 from yolo.app.uploads import read_picture
 from yolo.explain.cam import (
     CLASSIFIER_CAM,
@@ -49,15 +49,19 @@ class Classifier:
         """Classify a picture [H, W, 3] of any shape."""
         return Classification(pixels, classify(self.model, pixels).numpy())
 
-    def explain(self, pixels: np.ndarray, label: int, settings: CamSettings = CLASSIFIER_CAM) -> Explanation:
+    def explain(
+        self, pixels: np.ndarray, label: int, settings: CamSettings = CLASSIFIER_CAM
+    ) -> Explanation:
         """Return the heat map of a class."""
         return explain_classification(self.model, pixels, label, settings)
 
-    def mistake_tile(self, samples: SampleSet, mistake: Mistake) -> np.ndarray:
-        """Return a misclassified image beside the Grad-CAM of the wrong class."""
-        pixels = read_picture(samples.folder / mistake.file).pixels
-        explanation = self.explain(pixels, mistake.predicted)
-        return np.hstack([draw_map(pixels, explanation, opacity, TILE_SIDE) for opacity in (0.0, OPACITY)])
+    def misclassified_tile(self, samples: SampleSet, image: Misclassified) -> np.ndarray:
+        """Return a misclassified image beside the Grad-CAM of the predicted class."""
+        pixels = read_picture(samples.folder / image.file).pixels
+        explanation = self.explain(pixels, image.predicted)
+        return np.hstack(
+            [draw_map(pixels, explanation, opacity, TILE_SIDE) for opacity in (0.0, OPACITY)]
+        )
 
 
 def draw_map(

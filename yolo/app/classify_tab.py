@@ -1,4 +1,4 @@
-"""The Classify tab: a picture, its likeliest classes, the heat map of each, and the mistakes."""
+"""The Classify tab: a picture, its likeliest classes, heat maps, and the misclassified images."""
 
 from typing import Any
 
@@ -37,10 +37,11 @@ class ClassifyTab:
         self.result = gr.State(None, time_to_live=3600)
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
-                self._lay_out_inputs()
+                self.upload = picture_input()
+                self.gallery = samples_gallery(samples)
             with gr.Column(scale=9, min_width=320):
                 self._lay_out_results()
-        self._lay_out_mistakes()
+        self._lay_out_misclassified()
         self._wire()
 
     def on_open(self) -> Updates:
@@ -54,9 +55,15 @@ class ClassifyTab:
         self, picture: Picture | None, target: int, method: str, layer: str, opacity: float
     ) -> Updates:
         """Classify a picture of the person's own."""
-        return gr.skip() if picture is None else self._classify(picture, target, method, layer, opacity)
+        return (
+            gr.skip()
+            if picture is None
+            else self._classify(picture, target, method, layer, opacity)
+        )
 
-    def on_sample(self, number: int, target: int, method: str, layer: str, opacity: float) -> Updates:
+    def on_sample(
+        self, number: int, target: int, method: str, layer: str, opacity: float
+    ) -> Updates:
         """Classify a sample."""
         assert self.samples is not None
         picture = self._read(self.samples.samples[number].file)
@@ -70,17 +77,24 @@ class ClassifyTab:
             return ask_for_picture()
         return self._explain(result, target, method, layer, opacity)
 
-    def on_mistake(self, method: str, layer: str, opacity: float, choice: gr.SelectData) -> Updates:
-        """Show a mistake large, with the heat map of the wrong class."""
+    def on_misclassified(
+        self, method: str, layer: str, opacity: float, choice: gr.SelectData
+    ) -> Updates:
+        """Show a misclassified image large, with the heat map of the predicted class."""
         assert self.samples is not None
-        picture = self._read(self.samples.mistakes[choice.index].file)
-        return {self.target: PREDICTED, **self._classify(picture, PREDICTED, method, layer, opacity)}
+        picture = self._read(self.samples.misclassified[choice.index].file)
+        return {
+            self.target: PREDICTED,
+            **self._classify(picture, PREDICTED, method, layer, opacity),
+        }
 
     def _read(self, file: str) -> Picture:
         assert self.samples is not None
         return read_picture(self.samples.folder / file)
 
-    def _classify(self, picture: Picture, target: int, method: str, layer: str, opacity: float) -> Updates:
+    def _classify(
+        self, picture: Picture, target: int, method: str, layer: str, opacity: float
+    ) -> Updates:
         result = self.classifier.classify(picture.pixels)
         names = self.classifier.class_names
         return {
@@ -93,7 +107,9 @@ class ClassifyTab:
         self, result: Classification, target: int, method: str, layer: str, opacity: float
     ) -> Updates:
         label = result.label if target == PREDICTED else target
-        explanation = self.classifier.explain(result.pixels, label, CamSettings(method, layer=layer))
+        explanation = self.classifier.explain(
+            result.pixels, label, CamSettings(method, layer=layer)
+        )
         name = self.classifier.class_names[label]
         picture = store_image(draw_map(result.pixels, explanation, opacity))
         return {
@@ -101,48 +117,50 @@ class ClassifyTab:
             self.caption: _caption(name, explanation),
         }
 
-    def _lay_out_inputs(self) -> None:
-        self.upload = picture_input()
-        self.gallery = samples_gallery(self.samples)
-
     def _lay_out_results(self) -> None:
         with gr.Row():
             self.map = gr.Image(
-                **RESULT, label="Heat map", elem_id="class-map", alt_text="The heat map of the chosen class"
+                **RESULT,
+                label="Heat map",
+                elem_id="class-map",
+                alt_text="The heat map of the chosen class",
             )
             self.probabilities = gr.Label(
-                label="Probabilities", num_top_classes=TOP_CLASSES, min_width=300, elem_id="probabilities"
+                label="Probabilities",
+                num_top_classes=TOP_CLASSES,
+                min_width=300,
+                elem_id="probabilities",
             )
         self.caption = gr.Markdown(elem_classes="caption")
         gr.HTML(SCALE_BAR)
         with gr.Row():
             classes = [(name, label) for label, name in enumerate(self.classifier.class_names)]
             self.target = gr.Dropdown(
-                [("the predicted one", PREDICTED), *classes], value=PREDICTED, label="Class", min_width=140
+                [("the predicted one", PREDICTED), *classes],
+                value=PREDICTED,
+                label="Class",
+                min_width=140,
             )
-            self.method = gr.Dropdown(METHOD_CHOICES, value=CLASSIFIER_METHOD, label="Method", min_width=140)
+            self.method = gr.Dropdown(
+                METHOD_CHOICES, value=CLASSIFIER_METHOD, label="Method", min_width=140
+            )
             layers = [(LAYER_NAMES.get(layer, layer), layer) for layer in CLASSIFIER_LAYERS]
             self.layer = gr.Dropdown(layers, value="auto", label="Layer", min_width=140)
             self.opacity = gr.Slider(0.2, 1.0, OPACITY, step=0.05, label="Opacity", min_width=140)
 
-    def _lay_out_mistakes(self) -> None:
-        mistakes = self.samples.mistakes if self.samples else ()
-        self.mistakes = None
-        if not self.samples or not self.samples.tested:
-            return
-        gr.Markdown(f"### Where it is wrong\n{_mistakes_text(self.samples)}")
-        if mistakes:
-            names = self.classifier.class_names
-            tiles = [
-                (
-                    store_image(self.classifier.mistake_tile(self.samples, mistake)),
-                    f"{names[mistake.label]} taken for {names[mistake.predicted]}, {mistake.confidence:.0%}",
-                )
-                for mistake in mistakes
-            ]
-            self.mistakes = gr.Gallery(
-                tiles, show_label=False, columns=4, height="auto", object_fit="contain", allow_preview=False,
-                interactive=False, format="png", elem_id="mistakes", elem_classes="mistakes", buttons=[],
+    def _lay_out_misclassified(self) -> None:
+        self.misclassified = None
+        gr.Markdown(f"### Misclassified images\n{errors_text(self.samples)}")
+        if self.samples and self.samples.misclassified:
+            names, tiles = self.classifier.class_names, []
+            for image in self.samples.misclassified:
+                tile = store_image(self.classifier.misclassified_tile(self.samples, image))
+                predicted = f"predicted {names[image.predicted]} ({image.confidence:.0%})"
+                tiles.append((tile, f"{predicted}, is {names[image.label]}"))
+            self.misclassified = gr.Gallery(
+                tiles, show_label=False, columns=4, height="auto", object_fit="contain",
+                allow_preview=False, interactive=False, format="png", elem_id="misclassified",
+                elem_classes="misclassified", buttons=[],
             )  # fmt: skip
 
     def _wire(self) -> None:
@@ -165,9 +183,13 @@ class ClassifyTab:
                 self.on_setting, [self.result, *settings], mapped, trigger_mode="always_last",
                 show_progress="hidden", api_name="explain_class", **QUEUE,
             )  # fmt: skip
-        if self.mistakes:
-            self.mistakes.select(
-                self.on_mistake, settings[1:], [self.target, *self.shown], api_visibility="private", **QUEUE
+        if self.misclassified:
+            self.misclassified.select(
+                self.on_misclassified,
+                settings[1:],
+                [self.target, *self.shown],
+                api_visibility="private",
+                **QUEUE,
             )
 
 
@@ -177,10 +199,16 @@ def _caption(name: str, explanation: Explanation) -> str:
     return text + map_notes(explanation)
 
 
-def _mistakes_text(samples: SampleSet) -> str:
-    if not samples.mistakes:
+def errors_text(samples: SampleSet | None) -> str:
+    """Return what the gallery of misclassified images shows, or why there is none."""
+    if samples is None or not samples.tested:
+        return (
+            "They are looked for in the test images, which do not come with this app: "
+            "`python app.py --data-root DIR` opens it with the test images in that folder."
+        )
+    if not samples.misclassified:
         return f"Of {samples.tested:,} test images ({samples.data}), none was classified wrongly."
     return (
-        f"Of {samples.tested:,} test images ({samples.data}), the most confident mistakes. On the right "
-        "of each: Grad-CAM of the wrong class."
+        f"Of {samples.tested:,} test images ({samples.data}), the wrong predictions with the "
+        "highest confidence. On the right of each: Grad-CAM of the predicted class."
     )

@@ -1,4 +1,4 @@
-"""The Detect tab: a picture, its detections, and beside them the heat map of one."""
+"""The Picture tab: a picture, its detections, and beside them the heat map of one."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -48,8 +48,8 @@ LAYER_NAMES = {"auto": "the box's own", "fused": "all of them, averaged"}
 class DetectTab:
     """Components and handlers; instances live inside the `gr.Blocks` in which they are made.
 
-    The handlers spell out their inputs because Gradio reads the parameter names of its public functions
-    (`/detect`, `/filter`, `/explain`, ...) from them.
+    The handlers spell out their inputs because Gradio reads the parameter names of its public
+    functions (`/detect`, `/filter`, `/explain`, ...) from them.
     """
 
     def __init__(self, detector: DetectionExplainer, samples: SampleSet | None) -> None:
@@ -59,7 +59,8 @@ class DetectTab:
         self.view = gr.State(None, time_to_live=3600)
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
-                self._lay_out_inputs()
+                self.upload = picture_input()
+                self.gallery = samples_gallery(samples)
             with gr.Column(scale=9, min_width=320):
                 self._lay_out_results()
         self._wire()
@@ -90,11 +91,20 @@ class DetectTab:
         return {self.view: view, **self._update(view, Thresholds(score, iou), settings, opacity)}
 
     def on_sample(
-        self, number: int, score: float, iou: float, method: str, target: str, layer: str, opacity: float
+        self,
+        number: int,
+        score: float,
+        iou: float,
+        method: str,
+        target: str,
+        layer: str,
+        opacity: float,
     ) -> Updates:
         """Detect on a sample; the network runs once for each."""
         view = self.trace_sample(number)
-        updates = self._update(view, Thresholds(score, iou), CamSettings(method, target, layer), opacity)
+        updates = self._update(
+            view, Thresholds(score, iou), CamSettings(method, target, layer), opacity
+        )
         return {self.upload: None, self.view: view, **updates}
 
     def on_thresholds(
@@ -158,7 +168,9 @@ class DetectTab:
     def _trace_sample(self, number: int) -> View:
         assert self.samples is not None
         sample = self.samples.samples[number]
-        return self.detector.trace(read_picture(self.samples.folder / sample.file), sample.annotation)
+        return self.detector.trace(
+            read_picture(self.samples.folder / sample.file), sample.annotation
+        )
 
     def _update(
         self,
@@ -175,7 +187,9 @@ class DetectTab:
         chosen = kept or detections[0]
         csv, json = to_csv(view, detections, names), to_json(view, detections, names, thresholds)
         updates = {
-            self.list: gr.Radio([(_title(one, names), one.key) for one in detections], value=chosen.key),
+            self.list: gr.Radio(
+                [(_title(one, names), one.key) for one in detections], value=chosen.key
+            ),
             self.table: to_rows(view, detections, names),
             self.csv: store_file(csv.encode(), "detections.csv"),
             self.json: store_file(json.encode(), "detections.json"),
@@ -209,10 +223,6 @@ class DetectTab:
             ),
         }
 
-    def _lay_out_inputs(self) -> None:
-        self.upload = picture_input()
-        self.gallery = samples_gallery(self.samples)
-
     def _lay_out_results(self) -> None:
         with gr.Row():
             self.boxes = gr.Image(
@@ -222,7 +232,10 @@ class DetectTab:
                 alt_text="The picture with its detections",
             )
             self.map = gr.Image(
-                **RESULT, label="Heat map", elem_id="map", alt_text="The heat map of the chosen detection"
+                **RESULT,
+                label="Heat map",
+                elem_id="map",
+                alt_text="The heat map of the chosen detection",
             )
         self.caption = gr.Markdown(elem_classes="caption", elem_id="caption")
         gr.HTML(SCALE_BAR)
@@ -233,12 +246,20 @@ class DetectTab:
         )
         with gr.Row():
             self.score = gr.Slider(
-                0.05, 0.95, SHOWN_SCORE, step=0.01, label="Confidence", elem_id="score", min_width=240
+                0.05,
+                0.95,
+                SHOWN_SCORE,
+                step=0.01,
+                label="Confidence",
+                elem_id="score",
+                min_width=240,
             )
             iou, label = self.detector.default_iou, "Overlap at which two boxes are one"
             self.iou = gr.Slider(0.1, 0.9, iou, step=0.05, label=label, min_width=240)
         with gr.Row():
-            self.method = gr.Dropdown(METHOD_CHOICES, value=DETECTOR_METHOD, label="Method", min_width=140)
+            self.method = gr.Dropdown(
+                METHOD_CHOICES, value=DETECTOR_METHOD, label="Method", min_width=140
+            )
             self.target = gr.Dropdown(
                 [(name, target) for target, name in TARGET_NAMES.items()],
                 value="class",
@@ -261,7 +282,14 @@ class DetectTab:
             self.json = gr.DownloadButton("Download JSON", size="sm", elem_id="json")
 
     def _wire(self) -> None:
-        controls: list[Any] = [self.score, self.iou, self.method, self.target, self.layer, self.opacity]
+        controls: list[Any] = [
+            self.score,
+            self.iou,
+            self.method,
+            self.target,
+            self.layer,
+            self.opacity,
+        ]
         mapped = [self.boxes, self.map, self.caption, self.layer]
         shown = [*mapped, self.list, self.table, self.csv, self.json]
         self.shown = [self.view, *shown]
@@ -272,11 +300,17 @@ class DetectTab:
         )
         clear_on_failure(uploaded, self.upload)
         self.gallery.click(
-            self.on_sample, [self.gallery, *controls], [self.upload, *self.shown], api_name="sample", **QUEUE
+            self.on_sample,
+            [self.gallery, *controls],
+            [self.upload, *self.shown],
+            api_name="sample",
+            **QUEUE,
         )
         self.score.input(self.on_thresholds, current, shown, api_name="filter", **quick)
         self.iou.input(self.on_thresholds, current, shown, api_visibility="private", **quick)
-        self.boxes.select(self.on_click, current, [self.list, *mapped], api_visibility="private", **QUEUE)
+        self.boxes.select(
+            self.on_click, current, [self.list, *mapped], api_visibility="private", **QUEUE
+        )
         self.list.input(self.on_choice, current, mapped, api_name="explain", **QUEUE)
         for control in controls[2:]:
             control.input(self.on_choice, current, mapped, api_visibility="private", **quick)
@@ -313,7 +347,7 @@ def _caption(detection: Detection, name: str, explanation: Explanation) -> str:
         )
     else:
         text = (
-            f"**No detection with this confidence.** {method} of the likeliest class, {name}, over the "
-            f"whole picture, at {layer}; its best score is {explanation.score:.1%}."
+            f"**No detection with this confidence.** {method} of the likeliest class, {name}, over "
+            f"the whole picture, at {layer}; its best score is {explanation.score:.1%}."
         )
     return text + map_notes(explanation)

@@ -1,4 +1,4 @@
-"""What the Detect tab computes: one forward per picture; lists, drawings and maps follow from its trace."""
+"""What the Picture tab computes: one forward per picture, from which all else follows."""
 
 import csv
 import dataclasses
@@ -103,7 +103,7 @@ class DetectionExplainer:
         return View(picture, shown, trace_picture(self.detector.loaded, picture.pixels), annotation)
 
     def detections(self, view: View, thresholds: Thresholds) -> list[Detection]:
-        """Return the detections by falling score (or else the whole picture), then the missed objects."""
+        """Return the detections by score (or else the whole picture), then the missed objects."""
         trace = view.trace
         [found] = self.detector.read_outputs(
             trace.outputs,
@@ -113,7 +113,11 @@ class DetectionExplainer:
             MAX_DETECTIONS,
         )
         rows = zip(
-            found.index.tolist(), found.labels.tolist(), found.scores.tolist(), found.boxes, strict=True
+            found.index.tolist(),
+            found.labels.tolist(),
+            found.scores.tolist(),
+            found.boxes,
+            strict=True,
         )
         detections = [Detection("found", *row) for row in rows]
         whole = [] if detections else [Detection("picture", 0, likeliest_class(trace), None, None)]
@@ -146,7 +150,7 @@ class DetectionExplainer:
 
 
 def at_point(detections: Sequence[Detection], x: float, y: float) -> Detection | None:
-    """Return the detection with the smallest box around a point of the picture, None if there is none."""
+    """Return the detection with the smallest box around a point of the picture, or None."""
     around = [
         one
         for one in detections
@@ -156,9 +160,12 @@ def at_point(detections: Sequence[Detection], x: float, y: float) -> Detection |
 
 
 def draw_detections(
-    view: View, detections: Sequence[Detection], class_names: Sequence[str], chosen: Detection | None = None
+    view: View,
+    detections: Sequence[Detection],
+    class_names: Sequence[str],
+    chosen: Detection | None = None,
 ) -> np.ndarray:
-    """Draw detections with their scores, missed objects dashed, and a frame around the chosen one."""
+    """Draw detections with their scores, missed objects dashed, the chosen one framed."""
     found = [one for one in detections if one.kind == "found"]
     canvas = view.shown.copy()
     if chosen is not None and chosen.box is not None:
@@ -179,7 +186,9 @@ def draw_detections(
     return canvas
 
 
-def draw_map(view: View, detection: Detection, explanation: Explanation, opacity: float) -> np.ndarray:
+def draw_map(
+    view: View, detection: Detection, explanation: Explanation, opacity: float
+) -> np.ndarray:
     """Paint a heat map over the picture, with the box that it explains."""
     heat = cv2.resize(explanation.heat, view.shown.shape[1::-1])
     canvas = overlay(view.shown, heat, opacity)
@@ -187,19 +196,23 @@ def draw_map(view: View, detection: Detection, explanation: Explanation, opacity
         _dash(canvas, _corners(view, detection))
     elif detection.kind == "found":
         left, top, right, bottom = _corners(view, detection)
-        cv2.rectangle(canvas, (left, top), (right, bottom), class_color(detection.label), _line_width(canvas))
+        cv2.rectangle(
+            canvas, (left, top), (right, bottom), class_color(detection.label), _line_width(canvas)
+        )
     return canvas
 
 
 def to_json(
     view: View, detections: Sequence[Detection], class_names: Sequence[str], thresholds: Thresholds
 ) -> str:
-    """Return detections and missed objects in pixels of the original picture, with what produced them."""
+    """Return detections and missed objects in pixels of the original, with the thresholds."""
     content = {
         "image": {"width": view.picture.width, "height": view.picture.height},
         "score_threshold": thresholds.score,
         "iou_threshold": thresholds.iou,
-        "detections": [_record(view, one, class_names) for one in detections if one.kind == "found"],
+        "detections": [
+            _record(view, one, class_names) for one in detections if one.kind == "found"
+        ],
         "missed": [_record(view, one, class_names) for one in detections if one.kind == "missed"],
     }
     return json.dumps(content, indent=1)
@@ -209,14 +222,20 @@ def to_rows(
     view: View, detections: Sequence[Detection], class_names: Sequence[str]
 ) -> list[list[str | float]]:
     """Return one row per detection and missed object, in the order of `COLUMNS`."""
-    records = [(one.kind, _record(view, one, class_names)) for one in detections if one.kind != "picture"]
-    return [[kind, record["class"], record.get("score", ""), *record["box"]] for kind, record in records]
+    records = [
+        (one.kind, _record(view, one, class_names)) for one in detections if one.kind != "picture"
+    ]
+    return [
+        [kind, record["class"], record.get("score", ""), *record["box"]] for kind, record in records
+    ]
 
 
 def to_csv(view: View, detections: Sequence[Detection], class_names: Sequence[str]) -> str:
     """Return the rows under a line of column names."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *to_rows(view, detections, class_names)])
+    csv.writer(text, lineterminator="\n").writerows(
+        [COLUMNS, *to_rows(view, detections, class_names)]
+    )
     return text.getvalue()
 
 
@@ -239,8 +258,12 @@ def _missed(view: View, found: Detections) -> list[Detection]:
     if annotation is None or not len(annotation.boxes):
         return []
     boxes = annotation.boxes / np.float32(view.picture.scale)
-    objects = Objects(np.zeros(len(boxes), np.int64), boxes, annotation.labels, annotation.difficult)
-    of_image = matching.Detections(np.zeros(len(found), np.int64), found.boxes, found.scores, found.labels)
+    objects = Objects(
+        np.zeros(len(boxes), np.int64), boxes, annotation.labels, annotation.difficult
+    )
+    of_image = matching.Detections(
+        np.zeros(len(found), np.int64), found.boxes, found.scores, found.labels
+    )
     hit = set(match_voc(of_image, objects, FOUND_IOU).objects[0].tolist())
     return [
         Detection("missed", i, int(annotation.labels[i]), None, boxes[i])

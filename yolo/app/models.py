@@ -8,7 +8,13 @@ from pathlib import Path
 from yolo.app.about import TASKS
 from yolo.errors import UsageError, UserError
 from yolo.files import bundled
-from yolo.runs.checkpoint import LoadedWeights, load_weights, public_results, resolve_checkpoint
+from yolo.runs.checkpoint import (
+    LoadedWeights,
+    bundled_weights,
+    load_weights,
+    public_results,
+    resolve_checkpoint,
+)
 
 HUB = "hf://"
 HUB_PAGE = "https://huggingface.co"
@@ -34,13 +40,14 @@ def load_models(checkpoints: Sequence[str], model_url: str | None) -> dict[str, 
         UserError: for a file that cannot be read or fetched.
     """
     models: dict[str, Model] = {}
-    for name in checkpoints or sorted(map(str, bundled("weights").glob("*.safetensors"))):
+    for name in checkpoints or map(str, bundled_weights().values()):
         path, url = _locate(name)
         loaded = load_weights(resolve_checkpoint(path))
         if loaded.task in models:
             other = models[loaded.task].loaded.path
             raise UsageError(
-                f"--checkpoint {other} and {path} are both for {TASKS[loaded.task]}: name one of each task"
+                f"--checkpoint {other} and {path} are both for {TASKS[loaded.task]}: "
+                "name one of each task"
             )
         shown = dataclasses.replace(loaded, results=public_results(loaded))
         models[loaded.task] = Model(shown, model_url or url)
@@ -50,13 +57,15 @@ def load_models(checkpoints: Sequence[str], model_url: str | None) -> dict[str, 
 
 
 def _locate(name: str) -> tuple[Path, str | None]:
-    """Return the local file of a checkpoint (fetched from the Hub if need be) and the page of its model."""
+    """Return the file of a checkpoint, fetched from the Hub if need be, and its model's page."""
     if not name.startswith(HUB):
         return Path(name), None
     owner, _, rest = name.removeprefix(HUB).partition("/")
     repository, _, file = rest.partition("/")
     if not owner or not repository:
-        raise UsageError(f"--checkpoint {name}: want {HUB}owner/name or {HUB}owner/name/file.safetensors")
+        raise UsageError(
+            f"--checkpoint {name}: want {HUB}owner/name or {HUB}owner/name/file.safetensors"
+        )
     repository = f"{owner}/{repository}"
     return _fetch(name, repository, file), f"{HUB_PAGE}/{repository}"
 
@@ -66,7 +75,11 @@ def _fetch(name: str, repository: str, file: str) -> Path:
 
     try:
         if not file:
-            files = [path for path in HfApi().list_repo_files(repository) if path.endswith(".safetensors")]
+            files = [
+                path
+                for path in HfApi().list_repo_files(repository)
+                if path.endswith(".safetensors")
+            ]
             if len(files) != 1:
                 found = ", ".join(files) or "none"
                 raise UserError(

@@ -30,15 +30,19 @@ def build_page(models: Mapping[str, Model], samples: Mapping[str, SampleSet | No
         gr.HTML(f'<div class="hero"><h1>{title}</h1><p>{SUBTITLE}</p></div>')
         with gr.Tabs():
             if "detection" in models:
-                with gr.Tab("Detect", id="detect"):
-                    detect = DetectTab(DetectionExplainer(models["detection"].loaded), samples["detection"])
+                with gr.Tab("Picture", id="picture"):
+                    detect = DetectTab(
+                        DetectionExplainer(models["detection"].loaded), samples["detection"]
+                    )
                     page.load(detect.on_open, None, detect.shown, api_visibility="private", **QUEUE)
             if "classification" in models:
                 with gr.Tab("Classify", id="classify"):
                     classify = ClassifyTab(
                         Classifier(models["classification"].loaded), samples["classification"]
                     )
-                    page.load(classify.on_open, None, classify.shown, api_visibility="private", **QUEUE)
+                    page.load(
+                        classify.on_open, None, classify.shown, api_visibility="private", **QUEUE
+                    )
             with gr.Tab("About", id="about"):
                 for task, model in models.items():
                     _lay_out_model(model, samples[task])
@@ -51,7 +55,7 @@ async def _refuse_address(url: str, cache_dir: str) -> str:
     raise gr.Error("Please upload the picture itself, not its address.", print_exception=False)
 
 
-# Gradio fetches what a request names by its address, whole and of any size, before a handler sees it.
+# Gradio fetches what a request names by its address, of any size, before a handler sees it.
 processing_utils.async_ssrf_protected_download = _refuse_address
 
 

@@ -1,4 +1,4 @@
-"""Samples of the test data in a small folder: pictures, thumbnails, annotations, a classifier's mistakes.
+"""Samples of the test data in a small folder: pictures, annotations, misclassified images.
 
 The app always shows such a folder: a Space brings one along, elsewhere it is made at the start.
 """
@@ -32,7 +32,7 @@ from yolo.runs.checkpoint import LoadedWeights
 
 INDEX_FILE = "index.json"
 THUMBNAIL_SIDE = 160
-MAX_MISTAKES = 24
+MAX_MISCLASSIFIED = 24
 BATCH_SIZE = 256
 
 
@@ -43,9 +43,7 @@ class Sample:
     file: str  # inside the folder
     thumbnail: str
     name: str
-    boxes: list[
-        list[float]
-    ]  # [M][4] xyxy, 0-based pixels, right and bottom exclusive; empty for a classifier
+    boxes: list[list[float]]  # [M][4] xyxy, 0-based pixels, right and bottom exclusive
     labels: list[int]  # [M]; of a classifier's sample one
     difficult: list[bool]
     height: int
@@ -65,7 +63,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Mistake:
+class Misclassified:
     """A test image that the classifier got wrong."""
 
     file: str
@@ -81,9 +79,9 @@ class SampleSet:
     folder: Path
     class_names: tuple[str, ...]
     data: str  # the name of the data set
-    tested: int  # images that were searched for mistakes
+    tested: int  # images that were searched for misclassified ones
     samples: tuple[Sample, ...] = ()
-    mistakes: tuple[Mistake, ...] = ()
+    misclassified: tuple[Misclassified, ...] = ()
     choice: str = "from the test split, not picked by hand"  # what they are
 
 
@@ -96,7 +94,7 @@ def read_samples(folder: Path) -> SampleSet | None:
     content |= {
         "class_names": tuple(content["class_names"]),
         "samples": tuple(Sample(**values) for values in content["samples"]),
-        "mistakes": tuple(Mistake(**values) for values in content["mistakes"]),
+        "misclassified": tuple(Misclassified(**values) for values in content["misclassified"]),
     }
     return SampleSet(folder=folder, **content)
 
@@ -112,8 +110,10 @@ def write_samples(folder: Path, loaded: LoadedWeights, config: Config, count: in
     if config.task == "classification":
         images = open_images(config, config.split, loaded.class_names)
         samples = [_write_image(folder, images, i) for i in _spread(len(images), count)]
-        mistakes = [_write_mistake(folder, images, *found) for found in find_mistakes(loaded, images)]
-        content = SampleSet(folder, loaded.class_names, name, len(images), tuple(samples), tuple(mistakes))
+        wrong = tuple(
+            _write_misclassified(folder, images, *one) for one in find_misclassified(loaded, images)
+        )
+        content = SampleSet(folder, loaded.class_names, name, len(images), tuple(samples), wrong)
     else:
         with TemporaryDirectory() as scratch:
             scenes = _open_scenes(Path(scratch), config, loaded.class_names, count)
@@ -126,17 +126,17 @@ def write_samples(folder: Path, loaded: LoadedWeights, config: Config, count: in
     return content
 
 
-def find_mistakes(loaded: LoadedWeights, images: ImageDataset) -> list[tuple[int, int, float]]:
-    """Return (index, predicted class, confidence) of wrongly classified images, the most confident first."""
+def find_misclassified(loaded: LoadedWeights, images: ImageDataset) -> list[tuple[int, int, float]]:
+    """Return (index, predicted class, confidence) of misclassified images, most confident first."""
     metrics = ClassificationMetrics(images.class_names)
     starts = range(0, len(images), BATCH_SIZE)
     with torch.inference_mode():
-        for start in tqdm(starts, "looking for mistakes", leave=False, disable=None):
+        for start in tqdm(starts, "looking for misclassified images", leave=False, disable=None):
             rows = slice(start, start + BATCH_SIZE)
             batch = torch.from_numpy(images.images[rows]).permute(0, 3, 1, 2)
             metrics.update(loaded.model(batch), torch.from_numpy(images.labels[rows]))
     state = metrics.state()
-    worst = metrics.worst_mistakes(MAX_MISTAKES)
+    worst = metrics.worst_mistakes(MAX_MISCLASSIFIED)
     return [(int(i), int(state["predicted"][i]), float(state["confidence"][i])) for i in worst]
 
 
@@ -145,8 +145,10 @@ def _spread(total: int, count: int) -> list[int]:
     return sorted({round(place) for place in np.linspace(0, total - 1, min(count, total))})
 
 
-def _open_scenes(scratch: Path, config: Config, class_names: Sequence[str], count: int) -> DetectionDataset:
-    """Open the test split; of the embedded digits make only its first scenes, which takes no time."""
+def _open_scenes(
+    scratch: Path, config: Config, class_names: Sequence[str], count: int
+) -> DetectionDataset:
+    """Open the test split; of the embedded digits make only its first scenes."""
     if config.dataset != "digits":
         return open_dataset(config, config.split, class_names)
     write_digits(scratch / "digits", num_scenes={"test": max(count, 1)})
@@ -184,16 +186,23 @@ def _write_image(folder: Path, images: ImageDataset, index: int) -> Sample:
     height, width = images.image(index).shape[:2]
     thumbnail = _write_thumbnail(folder, name, images.image(index))
     return Sample(
-        f"{name}.png", thumbnail, images.image_ids[index], [], [int(images.labels[index])], [], height, width
+        f"{name}.png",
+        thumbnail,
+        images.image_ids[index],
+        [],
+        [int(images.labels[index])],
+        [],
+        height,
+        width,
     )
 
 
-def _write_mistake(
+def _write_misclassified(
     folder: Path, images: ImageDataset, index: int, predicted: int, confidence: float
-) -> Mistake:
-    file = f"mistake-{index:05d}.png"
+) -> Misclassified:
+    file = f"misclassified-{index:05d}.png"
     Image.fromarray(images.image(index)).save(folder / file)
-    return Mistake(file, int(images.labels[index]), predicted, round(confidence, 4))
+    return Misclassified(file, int(images.labels[index]), predicted, round(confidence, 4))
 
 
 def _write_thumbnail(folder: Path, name: str, image: np.ndarray) -> str:
@@ -205,7 +214,9 @@ def _write_thumbnail(folder: Path, name: str, image: np.ndarray) -> str:
     mode = cv2.INTER_AREA if side > THUMBNAIL_SIDE else cv2.INTER_CUBIC
     path = folder / "thumbnails" / f"{name}.jpg"
     path.parent.mkdir(exist_ok=True)
-    Image.fromarray(cv2.resize(square, (THUMBNAIL_SIDE, THUMBNAIL_SIDE), interpolation=mode)).save(path)
+    Image.fromarray(cv2.resize(square, (THUMBNAIL_SIDE, THUMBNAIL_SIDE), interpolation=mode)).save(
+        path
+    )
     return path.relative_to(folder).as_posix()
 
 

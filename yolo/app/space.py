@@ -22,8 +22,9 @@ from yolo.runs.checkpoint import load_weights, publish_weights
 
 # What app.py imports; gradio comes with the Space, in the version that its front matter names.
 PACKAGES = (
-    "torch", "torchvision", "gradio", "grad-cam", "opencv-python", "albumentations", "numpy", "pillow",
-    "safetensors", "scikit-learn", "matplotlib", "defusedxml", "tyro", "pyyaml", "tqdm", "huggingface-hub",
+    "torch", "torchvision", "gradio", "grad-cam", "opencv-python", "albumentations", "numpy",
+    "pillow", "safetensors", "scikit-learn", "matplotlib", "defusedxml", "tyro", "pyyaml", "tqdm",
+    "huggingface-hub",
 )  # fmt: skip
 CPU_WHEELS = "--extra-index-url https://download.pytorch.org/whl/cpu"
 SYSTEM_PACKAGES = ("libgl1", "libglib2.0-0")  # of OpenCV
@@ -32,7 +33,7 @@ SYSTEM_PACKAGES = ("libgl1", "libglib2.0-0")  # of OpenCV
 def find_samples(
     made: Path, model: Model, count: int, data: Mapping[str, Any], brought: Path | None
 ) -> SampleSet | None:
-    """Return the samples of a model as `_make_samples` does; None where there is no test data."""
+    """Return the samples of a model as `_make_samples` does; None where there are none."""
     try:
         return _make_samples(made, model, count, data, brought)
     except UserError as error:
@@ -56,13 +57,16 @@ def build(
         models: by task.
         count: samples per model.
         data: `data_root` and `split` of the samples, where they differ from the training run.
-        brought: folder of samples by task that lie beside bundled weights, to be taken instead.
+        brought: folder of samples by task that lie beside bundled weights, to be taken where `data`
+            names no test data of a model.
 
     Raises:
         UserError: if the folder is in use or the test data cannot be opened.
     """
     if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"--build-space {folder}: is not empty; name another folder, or delete it first")
+        raise UserError(
+            f"--build-space {folder}: is not empty; name another folder, or delete it first"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         space = Path(scratch) / "space"
@@ -71,7 +75,9 @@ def build(
             task: _make_samples(space / "samples" / task, model, count, data, brought)
             for task, model in models.items()
         }
-        _write_texts(space, {task: _write_weights(space, model) for task, model in models.items()}, samples)
+        _write_texts(
+            space, {task: _write_weights(space, model) for task, model in models.items()}, samples
+        )
         if folder.exists():
             folder.rmdir()
         space.rename(folder)
@@ -79,7 +85,7 @@ def build(
 
 
 def push(folder: Path, name: str) -> str:
-    """Upload a Space folder to `owner/name`, which is made if it does not exist; return its address.
+    """Upload a Space folder to `owner/name`, made if it does not exist; return its address.
 
     Raises:
         UserError: if the Hub refuses.
@@ -89,9 +95,13 @@ def push(folder: Path, name: str) -> str:
     api = HfApi()
     try:
         api.create_repo(name, repo_type="space", space_sdk="gradio", exist_ok=True)
-        api.upload_folder(repo_id=name, repo_type="space", folder_path=str(folder), delete_patterns="*")
+        api.upload_folder(
+            repo_id=name, repo_type="space", folder_path=str(folder), delete_patterns="*"
+        )
     except Exception as error:  # huggingface_hub lets its HTTP library's errors through
-        raise UserError(f"--push {name}: {first_line(error)}; `hf auth login` signs you in") from None
+        raise UserError(
+            f"--push {name}: {first_line(error)}; `hf auth login` signs you in"
+        ) from None
     return f"{HUB_PAGE}/spaces/{name}"
 
 
@@ -106,21 +116,31 @@ def _copy_code(source: Path, space: Path) -> None:
     shutil.copyfile(source / "app.py", space / "app.py")
     shutil.copyfile(source / "LICENSE", space / "LICENSE")
     package = Path(__file__).parents[1]
-    shutil.copytree(package, space / "yolo", ignore=shutil.ignore_patterns("__pycache__", "bundled"))
+    shutil.copytree(
+        package, space / "yolo", ignore=shutil.ignore_patterns("__pycache__", "bundled")
+    )
 
 
 def _make_samples(
     made: Path, model: Model, count: int, data: Mapping[str, Any], brought: Path | None
 ) -> SampleSet | None:
-    """Fill the new folder `made` with the samples brought along for these classes, or with test data."""
+    """Fill the new folder `made` with test data, or with the samples that are brought along."""
     if count <= 0:
         return None
-    folder = brought and brought / model.loaded.task
+    loaded = model.loaded
+    folder = brought and brought / loaded.task
     samples = folder and read_samples(folder)
-    if folder and samples and samples.class_names == model.loaded.class_names:
-        shutil.copytree(folder, made)
-        return read_samples(made)
-    return write_samples(made, model.loaded, dataclasses.replace(model.loaded.config, **data), count)
+    fits = samples is not None and samples.class_names == loaded.class_names
+    if data or not fits:
+        try:
+            return write_samples(made, loaded, dataclasses.replace(loaded.config, **data), count)
+        except UserError as error:
+            if not fits:
+                raise
+            print(f"{TASKS[loaded.task]}: {error}; the bundled samples are shown", flush=True)
+    assert folder is not None
+    shutil.copytree(folder, made, dirs_exist_ok=True)
+    return read_samples(made)
 
 
 def _write_weights(space: Path, model: Model) -> Model:
@@ -131,7 +151,9 @@ def _write_weights(space: Path, model: Model) -> Model:
     return Model(load_weights(path), model.url)
 
 
-def _write_texts(space: Path, models: Mapping[str, Model], samples: Mapping[str, SampleSet | None]) -> None:
+def _write_texts(
+    space: Path, models: Mapping[str, Model], samples: Mapping[str, SampleSet | None]
+) -> None:
     cards = "\n\n".join(_card(model, samples.get(task)) for task, model in models.items())
     front = yaml.safe_dump(_front_matter(models), sort_keys=False, allow_unicode=True)
     (space / "README.md").write_text(f"---\n{front}---\n\n{cards}\n")
@@ -166,6 +188,6 @@ def _card(model: Model, samples: SampleSet | None) -> str:
     loaded = model.loaded
     classes = ", ".join(loaded.class_names)
     return (
-        f"# {model_name(loaded)}\n\n{model_card(loaded, samples, model.url)}\n- **Classes:** {classes}\n\n"
-        f"## Results\n\n{results_markdown(loaded)}"
+        f"# {model_name(loaded)}\n\n{model_card(loaded, samples, model.url)}\n"
+        f"- **Classes:** {classes}\n\n## Results\n\n{results_markdown(loaded)}"
     )

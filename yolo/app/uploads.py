@@ -1,4 +1,4 @@
-"""Pictures from strangers: whatever arrives becomes a small RGB array, or one sentence that says why not."""
+"""Pictures from strangers: each becomes a small RGB array, or one sentence that says why not."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +10,9 @@ from yolo.data.dataset import MAX_PIXELS
 from yolo.errors import UserError
 
 MAX_FILE_SIZE = "15mb"
-LONGEST_SIDE = 2048  # pixels kept: several times what the network sees, a fraction of what a phone takes
+LONGEST_SIDE = (
+    2048  # pixels kept: several times what the network sees, a fraction of what a phone takes
+)
 # Pillow knows dozens more, some of which start other programs (EPS: Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 ORIENTATION = 0x0112  # EXIF; 5 to 8 exchange the sides
@@ -35,7 +37,7 @@ def read_picture(path: str | Path) -> Picture:
     """Decode a file of any kind: the first frame, upright, without transparency, 8 bits per colour.
 
     Raises:
-        UserError: for what is no picture, damaged or too large. The text names neither path nor content.
+        UserError: for what is no picture, damaged or too large, without its path or content.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
@@ -46,7 +48,8 @@ def read_picture(path: str | Path) -> Picture:
         raise
     except Exception:  # the decoders of seven formats raise nearly everything on damaged data
         raise UserError(
-            "This file is damaged or no picture. Please try a JPEG, PNG, WebP, GIF, BMP or TIFF file."
+            "This file is damaged or no picture. Please try a JPEG, PNG, WebP, GIF, BMP or TIFF "
+            "file."
         ) from None
 
 
@@ -56,15 +59,18 @@ def _decode(image: Image.Image) -> Picture:
         raise _too_large()
     if image.getexif().get(ORIENTATION, 1) >= 5:
         width, height = height, width
-    image.draft("RGB", (LONGEST_SIDE, LONGEST_SIDE))  # JPEG alone: decode at a half, a quarter, an eighth
-    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    largest = (LONGEST_SIDE, LONGEST_SIDE)
+    image.draft("RGB", largest)  # JPEG alone: decode at a half, a quarter, an eighth
+    image.thumbnail(largest)
     upright = ImageOps.exif_transpose(image)
     return Picture(np.array(_to_rgb(upright)), height, width)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode[0] in "IF":  # 16 and 32 bits: Pillow would cut off all above 255
-        image = _to_8_bits(image)
+        values = np.asarray(image, np.float32)
+        top = 65535.0 if image.mode.startswith("I") else float(values.max())
+        image = Image.fromarray((values / max(top, 1e-9) * 255).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -72,13 +78,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    values = np.asarray(image, np.float32)
-    top = 65535.0 if image.mode.startswith("I") else float(values.max())
-    return Image.fromarray((values / max(top, 1e-9) * 255).clip(0, 255).astype(np.uint8))
-
-
 def _too_large() -> UserError:
-    return UserError(
-        f"This picture has more than {MAX_PIXELS // 10**6} million pixels. Please make it smaller first."
-    )
+    limit = f"{MAX_PIXELS // 10**6} million pixels"
+    return UserError(f"This picture has more than {limit}. Please make it smaller first.")

@@ -1,4 +1,4 @@
-"""What the tabs have in common: taking pictures, showing results, and the errors that people see."""
+"""What the tabs have in common: taking pictures, showing results, and errors that people see."""
 
 import hashlib
 import os
@@ -37,7 +37,10 @@ RESULT: dict[str, Any] = {
     "min_width": 300,
     "elem_classes": "picture",
 }
-SCALE_BAR = '<div class="scale"><span>weak</span><i></i><span>strongest evidence in this picture</span></div>'
+SCALE_BAR = (
+    '<div class="scale"><span>weak</span><i></i>'
+    "<span>strongest evidence in this picture</span></div>"
+)
 
 
 def picture_input() -> gr.Image:
@@ -48,7 +51,7 @@ def picture_input() -> gr.Image:
         placeholder="Drop a picture here\nor click to choose one",
         height=236,
     )
-    # Gradio's own decoding knows no limits, and a subclass would have it write stub files into this package.
+    # Gradio's own decoding knows no limits; for a subclass it writes stub files into this package
     component.preprocess = _read_upload  # type: ignore[method-assign, assignment]
     return component
 
@@ -78,8 +81,8 @@ def store_image(image: np.ndarray) -> str:
 def store_file(data: bytes, name: str) -> str:
     """Return the path of a file for the page to fetch.
 
-    Equal content shares one file that is never written twice: Gradio's own cache rewrites it, and whoever is
-    fetching the same result at that moment gets half of it.
+    Equal content shares one file that is never written twice: Gradio's own cache rewrites it, and
+    whoever is fetching the same result at that moment gets half of it.
     """
     folder = Path(get_upload_folder()) / hashlib.sha256(data).hexdigest()
     path = folder / name
@@ -94,13 +97,15 @@ def store_file(data: bytes, name: str) -> str:
 
 
 def clear_on_failure(event: Any, upload: gr.Image) -> None:
-    """After a picture that could not be read, clear its place: the message is all that is left of it."""
+    """After a picture that could not be read, clear its place: only the message is left."""
     event.failure(lambda: None, None, upload, api_visibility="private", show_progress="hidden")
 
 
 def samples_gallery(samples: SampleSet | None) -> gr.Dataset:
     """Return the samples as thumbnails; a click hands over the number."""
-    files = [[str(samples.folder / sample.thumbnail)] for sample in samples.samples] if samples else []
+    files = (
+        [[str(samples.folder / sample.thumbnail)] for sample in samples.samples] if samples else []
+    )
     return gr.Dataset(
         components=[gr.Image(visible=False)],
         samples=files,
@@ -114,7 +119,7 @@ def samples_gallery(samples: SampleSet | None) -> gr.Dataset:
 
 
 def map_notes(explanation: Explanation) -> str:
-    """Return what a caption has to add about an empty map, or one that is the same for every target."""
+    """Return what a caption adds about an empty map, or one that is the same for every target."""
     if explanation.is_zero:
         return " **The map is empty: nothing in this layer raises this score.**"
     blind = explanation.method in TARGET_BLIND

@@ -220,6 +220,16 @@ def public_results(loaded: LoadedWeights) -> dict[str, Any]:
     }
 
 
+def bundled_weights() -> dict[str, Path]:
+    """Return the weight files that come with this package, by task."""
+    files: dict[str, Path] = {}
+    for path in sorted(bundled("weights").glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:  # the metadata alone: no tensor is read
+            config = json.loads(file.metadata()["config"])
+        files.setdefault(config.get("task", "detection"), path)
+    return files
+
+
 def resolve_checkpoint(path: str | Path | None = None) -> Path:
     """Return the file that is meant by a weight file, a checkpoint or a run folder.
 
@@ -230,10 +240,9 @@ def resolve_checkpoint(path: str | Path | None = None) -> Path:
         UserError: if the folder holds no checkpoint, or no detector is bundled.
     """
     if path is None:
-        for file in sorted(bundled("weights").glob("*.safetensors")):
-            if _read_safetensors(file)["config"].get("task", "detection") == "detection":
-                return file
-        raise UserError(f"{bundled('weights')}: holds no detector; name a --checkpoint")
+        if "detection" not in (files := bundled_weights()):
+            raise UserError(f"{bundled('weights')}: holds no detector; name a --checkpoint")
+        return files["detection"]
     path = Path(path)
     if not path.is_dir():
         return path
