@@ -1,12 +1,12 @@
 """Measure a trained model, score anybody's detections, or let a model answer about pictures.
 
-python evaluate.py --checkpoint runs/digits-.../checkpoints/....ckpt     # table, plots, results.json
+python evaluate.py --checkpoint runs/digits-...                 # table, plots, results.json
 python evaluate.py --checkpoint C --data-root VOCdevkit --split 2007:test
-python evaluate.py --checkpoint C --write-detections DIR                    # as comp4_det_<split>_<class>.txt
+python evaluate.py --checkpoint C --write-detections DIR        # as comp4_det_<split>_<class>.txt
 python evaluate.py --detections DIR --data-root VOCdevkit --split 2007:test --matching devkit
-python evaluate.py --checkpoint C --images PATH|DIR|GLOB                    # annotated pictures, JSON and CSV
-python evaluate.py --checkpoint C --split 2007:val --calibrate          # C-calibrated.safetensors beside it
-python evaluate.py --checkpoint C --export model.onnx                       # or model.safetensors
+python evaluate.py --checkpoint C --images PATH|DIR|GLOB        # annotated pictures, JSON and CSV
+python evaluate.py --checkpoint C --split 2007:val --calibrate  # C-calibrated.safetensors beside it
+python evaluate.py --checkpoint C --export model.onnx           # or model.safetensors
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class EvaluateArgs(HardwareConfig):
     checkpoint: str | None = None
     """A run folder (its best checkpoint), a `.ckpt` or a `.safetensors` file."""
     detections: str | None = None
-    """Instead of a checkpoint: a folder of `comp4_det_<split>_<class>.txt` of any detector, to be scored."""
+    """Instead of a checkpoint: a folder of any detector's `comp4_det_<split>_<class>.txt`."""
     images: str | None = None
     """Predict instead of measure: a picture, a folder of pictures, or a glob in quotes."""
     dataset: Literal["digits", "voc", "csv", "yolo", "cifar10", "images"] | None = None
@@ -48,7 +48,7 @@ class EvaluateArgs(HardwareConfig):
     split: str | None = None
     """As in `2007:test`."""
     classes: str = "auto"
-    """With --detections: `voc`, `auto` (those in the split), or a comma list. A checkpoint knows its own."""
+    """With --detections: `voc`, `auto` (those in the split), or a comma list."""
     test_size: int | None = None
     """Side in pixels of the network input."""
     batch_size: int | None = None
@@ -58,16 +58,16 @@ class EvaluateArgs(HardwareConfig):
     iou_threshold: float | None = None
     """Overlap above which non-maximum suppression drops the weaker box of a class."""
     nms: Literal["standard", "merge"] | None = None
-    """`merge`: a kept box is the mean, weighted by score, of the boxes that show the same object."""
+    """`merge`: a kept box is the mean, weighted by score, of those around the same object."""
     max_detections: int | None = None
     """Most detections kept per image."""
     matching: Literal["plain", "devkit"] = "plain"
-    """`devkit` wants an IoU above 0.5, `plain` at least 0.5; both count whole pixels, as the devkit does."""
+    """`devkit` wants an IoU above 0.5, `plain` at least 0.5; both count whole pixels."""
     tta: Literal["none", "flip"] = "none"
     """`flip`: answer with the mean over each picture and its mirror image, in twice the time."""
     calibrate: bool = False
-    """Refit the scores on --split, which must hold pictures that the weights have not seen, and write
-    `<checkpoint>-calibrated.safetensors` beside the checkpoint."""
+    """Refit the scores on --split, which must hold pictures that the weights have not seen, and
+    write `<checkpoint>-calibrated.safetensors` beside the checkpoint."""
     mosaic: bool = False
     """Measure the cells on mosaics of four test images instead of single ones. No mAP."""
     write_detections: str | None = None
@@ -77,7 +77,7 @@ class EvaluateArgs(HardwareConfig):
     export: str | None = None
     """Instead of measuring: write the model as `.onnx` (any batch and size) or `.safetensors`."""
     fast: bool = False
-    """Fold batch normalisation, and compute in bfloat16 (CPUs that have it) or half precision (GPU)."""
+    """Fold batch normalisation; compute in bfloat16 (CPUs that have it) or half precision (GPU)."""
     out_dir: str | None = None
     """Folder of the results. Default: `evaluations/<time>/` in the run folder."""
     debug: bool = False
@@ -86,16 +86,18 @@ class EvaluateArgs(HardwareConfig):
     def __post_init__(self) -> None:
         """Refuse what contradicts itself."""
         if (self.checkpoint is None) == (self.detections is None):
-            raise UsageError("give --checkpoint FILE, or --detections DIR to score somebody's files")
+            raise UsageError(
+                "give --checkpoint FILE, or --detections DIR to score somebody's files"
+            )
         if self.detections and (self.images or self.mosaic or self.write_detections or self.export):
             raise UsageError(
-                "--detections is scored as it is: --images, --mosaic, --write-detections and --export need a "
-                "--checkpoint"
+                "--detections is scored as it is: --images, --mosaic, --write-detections and "
+                "--export need a --checkpoint"
             )
         if self.calibrate and (self.split is None or self.mosaic or self.images or self.export):
             raise UsageError(
-                "--calibrate needs --split, pictures that the weights have not seen, and goes without "
-                "--mosaic, --images and --export"
+                "--calibrate needs --split, pictures that the weights have not seen, and goes "
+                "without --mosaic, --images and --export"
             )
         if self.mosaic and self.write_detections:
             raise UsageError("--write-detections needs whole images: leave out --mosaic")
@@ -142,7 +144,9 @@ def calibrate(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
     path = loaded.path.with_name(f"{loaded.path.stem}-calibrated.safetensors")
     if loaded.task != "detection" or loaded.calibration is not None:
         what = "is a classifier" if loaded.task != "detection" else "is calibrated already"
-        raise UserError(f"{args.checkpoint}: {what}; --calibrate wants a detector as it was trained")
+        raise UserError(
+            f"{args.checkpoint}: {what}; --calibrate wants a detector as it was trained"
+        )
     if path.exists():
         raise UserError(f"{path}: is there already; move it away to calibrate anew")
     cfg = args.over(loaded.config)
@@ -173,7 +177,7 @@ def calibrate(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
 def measure(
     args: EvaluateArgs, loaded: "LoadedWeights", fabric: "Fabric | None" = None
 ) -> dict[str, Any] | None:
-    """Run the model over the split; write, print and return all that is known about it (on rank 0)."""
+    """Run the model over the split; write, print and return the results (on rank 0)."""
     import torch
 
     from yolo.engine import loop
@@ -227,10 +231,10 @@ def measure(
         write_detections(folder, found.detections(), split.dataset, cfg.split.split(":")[-1])
     pictures: dict[str, np.ndarray] = {}
     if loaded.task == "classification":
-        from yolo.explain.misclassified import mistake_grid
+        from yolo.explain.misclassified import misclassified_grid
 
-        if (grid := mistake_grid(loaded.model, split.dataset, metrics)) is not None:
-            pictures["mistakes"] = grid
+        if (grid := misclassified_grid(loaded.model, split.dataset, metrics)) is not None:
+            pictures["misclassified"] = grid
     scored = (found.detections(), found.objects()) if found else ()
     return report(args, measured, about, split.dataset, pictures, *scored)
 
@@ -260,7 +264,7 @@ def report(
     detections: "Detections | None" = None,
     objects: "Objects | None" = None,
 ) -> dict[str, Any]:
-    """Complete what was measured by what the detections tell; write, print and return all that is known."""
+    """Add the measures of the detections; write, print and return the results."""
     from yolo.metrics.report import detection_report
     from yolo.runs.results import result_record, table, write_evaluation
     from yolo.viz.error_grids import error_grids
@@ -275,7 +279,11 @@ def report(
     for heading, lines in (("notice", dataset.notices), ("skipped", dataset.skipped)):
         print("".join(f"{heading:<12} {line}\n" for line in lines), end="")
     source = ", ".join(str(record[key]) for key in ("data", "loader") if key in record)
-    print(table(record, [("data", f"{source}: {record['image_count']} images"), ("written to", folder)]))
+    print(
+        table(
+            record, [("data", f"{source}: {record['image_count']} images"), ("written to", folder)]
+        )
+    )
     return record
 
 
@@ -289,7 +297,8 @@ def predict_pictures(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
     from yolo.metrics.report import SHOWN_SCORE
 
     paths = list_pictures(args.images or "")
-    cfg = dataclasses.replace(args.over(loaded.config), devices=1, num_nodes=1)  # they write the same files
+    # one process: several would write the same files
+    cfg = dataclasses.replace(args.over(loaded.config), devices=1, num_nodes=1)
     fabric, _ = make_fabric(cfg)
     if not fabric.is_global_zero:  # torchrun's number of processes wins
         return 0

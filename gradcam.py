@@ -1,11 +1,11 @@
-"""Grad-CAM: heat maps of what raised a detection's score, or measures of how far they can be trusted.
+"""Grad-CAM: heat maps of what raised a detection's score, and measures of how faithful they are.
 
-python gradcam.py --images photo.jpg                                  # the most confident box, as gradcam.png
+python gradcam.py --images photo.jpg                       # the most confident box, as gradcam.png
 python gradcam.py --images 'photos/*.jpg' --box all --output maps     # every box of every picture
 python gradcam.py --images photo.jpg --method gradcam,layercam,eigencam --target object
-python gradcam.py --images photo.jpg --class-name dog                 # the whole picture's map of a class
-python gradcam.py --images photo.jpg --class-name dog --missed 40,52,75,90   # the cell of a missed object
-python gradcam.py --evaluate --num-images 100 --data-root VOCdevkit   # pointing game, deletion, insertion
+python gradcam.py --images photo.jpg --class-name dog      # the whole picture's map of a class
+python gradcam.py --images photo.jpg --class-name dog --missed 40,52,75,90   # of a missed object
+python gradcam.py --evaluate --num-images 100 --data-root VOCdevkit   # pointing game, deletion, ...
 """
 
 import dataclasses
@@ -33,21 +33,21 @@ class GradcamArgs:
     """What to explain, and how."""
 
     checkpoint: str | None = None
-    """A run folder, a `.ckpt` or a `.safetensors` file, detector or classifier. Default: the bundled VOC
-    detector."""
+    """A run folder, a `.ckpt` or a `.safetensors` file, detector or classifier. Default: the
+    bundled VOC detector."""
     images: str | None = None
     """A picture, a folder of pictures, or a glob in quotes."""
     output: str | None = None
-    """PNG for one picture, folder for several and for --evaluate. Default: `gradcam.png` or `gradcam/`."""
+    """PNG for one picture, else a folder. Default: `gradcam.png` or `gradcam/`."""
     method: str | None = None
-    """gradcam, gradcam++, xgradcam, hirescam, layercam, eigencam; several with commas for side by side.
+    """gradcam, gradcam++, xgradcam, hirescam, layercam, eigencam; several with commas.
     Default: hirescam for a detector, gradcam for a classifier."""
     target: Literal["class", "object", "score"] = "class"
     """What is differentiated: the class's logit, the objectness logit, or the log of the score."""
     box: int | Literal["all"] = 0
     """Which detection, counted from the most confident, 0."""
     layer: str = "auto"
-    """auto or fused; a detector also has stride32, stride16, stride8, a classifier layer1, layer2, layer3."""
+    """auto or fused; a detector has stride32, stride16, stride8, a classifier layer1 to layer3."""
     class_name: str | None = None
     """Explain this class: over the whole picture, or of the object that --missed names."""
     missed: Annotated[Floats, tyro.conf.arg(metavar="LEFT,TOP,RIGHT,BOTTOM")] = ()
@@ -57,7 +57,7 @@ class GradcamArgs:
     opacity: float = 0.7
     """Of the hottest pixel."""
     evaluate: bool = False
-    """Measure the maps on a test split: pointing game, energy, deletion, insertion, re-initialised head."""
+    """Measure the maps on a test split: pointing game, energy, deletion, insertion, new head."""
     num_images: int = 50
     """With --evaluate: so many images, drawn at random. Each map costs 23 forward passes."""
     data_root: str | None = None
@@ -74,9 +74,13 @@ class GradcamArgs:
         if not self.evaluate and self.images is None:
             raise UsageError("nothing to explain: give --images PATH|DIR|GLOB, or --evaluate")
         if self.missed and (len(self.missed) != 4 or self.class_name is None):
-            raise UsageError("--missed: want left,top,right,bottom in pixels, and --class-name of the object")
+            raise UsageError(
+                "--missed: want left,top,right,bottom in pixels, and --class-name of the object"
+            )
         if isinstance(self.box, int) and self.box < 0:
-            raise UsageError(f"--box {self.box}: detections are counted from 0; `all` explains every one")
+            raise UsageError(
+                f"--box {self.box}: detections are counted from 0; `all` explains every one"
+            )
         if not 0 <= self.opacity <= 1 or not 0 <= self.score_threshold <= 1:
             raise UsageError("--opacity and --score-threshold must lie between 0 and 1")
         if self.num_images < 1:
@@ -133,7 +137,9 @@ def make_question(args: GradcamArgs, loaded: "LoadedWeights") -> "Question":
 
     if args.class_name is not None and args.class_name not in loaded.class_names:
         known = ", ".join(loaded.class_names)
-        raise UsageError(f"--class-name {args.class_name}: the model does not know it; it knows {known}")
+        raise UsageError(
+            f"--class-name {args.class_name}: the model does not know it; it knows {known}"
+        )
     return Question(
         cams=cam_settings(args, loaded),
         box=None if args.box == "all" else args.box,
@@ -167,11 +173,12 @@ def output_paths(output: str | None, pictures: Sequence[Path]) -> list[Path]:
     folder = Path(output or "gradcam")
     if folder.is_file() or folder.suffix.lower() == ".png":
         raise UsageError(f"--output {folder}: must be a folder, there are {len(pictures)} pictures")
-    return [folder / f"{picture.name}.png" for picture in pictures]  # a.jpg and a.png may stand side by side
+    # with the old suffix, for a.jpg and a.png may be in one folder
+    return [folder / f"{picture.name}.png" for picture in pictures]
 
 
 def evaluate(args: GradcamArgs, loaded: "LoadedWeights") -> int:
-    """Measure the maps of the methods, EigenCAM's and random ones: a table and explanations.json."""
+    """Measure the methods' maps, EigenCAM's and random ones: a table and explanations.json."""
     from yolo.explain import faithfulness
     from yolo.models.resnet import ResNet
     from yolo.runs.logbook import Progress
@@ -179,7 +186,9 @@ def evaluate(args: GradcamArgs, loaded: "LoadedWeights") -> int:
     from yolo.tasks.build import open_split
 
     given = {name: getattr(args, name) for name in ("data_root", "split") if getattr(args, name)}
-    test = open_split(dataclasses.replace(loaded.config, **given), loaded.class_names, loaded.anchors)
+    test = open_split(
+        dataclasses.replace(loaded.config, **given), loaded.class_names, loaded.anchors
+    )
     images = faithfulness.draw_images(len(test.dataset), args.num_images, args.seed)
     progress = Progress(len(images), "explaining", enabled=True)
     cams = cam_settings(args, loaded)
@@ -189,12 +198,14 @@ def evaluate(args: GradcamArgs, loaded: "LoadedWeights") -> int:
     if isinstance(loaded.model, ResNet):
         subjects = faithfulness.classified_images(loaded.model, test.dataset, drawn, cams[0])
     else:
-        subjects = faithfulness.detected_objects(loaded, test.dataset, drawn, cams[0], args.score_threshold)
+        subjects = faithfulness.detected_objects(
+            loaded, test.dataset, drawn, cams[0], args.score_threshold
+        )
     explained, results = faithfulness.measure(subjects, methods, args.seed)
     if not explained:
         raise UserError(
-            f"{test.dataset.name}: the model is right on none of {len(images)} images at a score of "
-            f"{args.score_threshold}: there is nothing to explain; take more --num-images or train longer"
+            f"{test.dataset.name}: the model is right on none of {len(images)} images at a score "
+            f"of {args.score_threshold}: nothing to explain; take more --num-images or train longer"
         )
     print("\n".join(measure_lines(results)))
     content = {
@@ -211,7 +222,9 @@ def evaluate(args: GradcamArgs, loaded: "LoadedWeights") -> int:
     }
     path = Path(args.output or "gradcam") / "explanations.json"
     write_json(path, content)
-    print(f"{explained} correct predictions in {len(images)} images of {test.dataset.name} -> {path}")
+    print(
+        f"{explained} correct predictions in {len(images)} images of {test.dataset.name} -> {path}"
+    )
     return 0
 
 
@@ -227,13 +240,25 @@ def counted(images: Sequence[int], progress: "Progress") -> Iterator[int]:
 
 def measure_lines(results: dict[str, dict[str, Any]]) -> list[str]:
     """Return a table: a line per method."""
-    columns = ("deletion", "insertion", "pointing", "energy", "area", "zero", "similarity_after_reset")
+    columns = (
+        "deletion",
+        "insertion",
+        "pointing",
+        "energy",
+        "area",
+        "zero",
+        "similarity_after_reset",
+    )
     shown = [name for name in columns if any(name in measures for measures in results.values())]
     lines = [f"{'':12}" + "".join(f"{name.removesuffix('_after_reset'):>12}" for name in shown)]
     for method, measures in results.items():
-        values = "".join(f"{measures[name]:12.3f}" if name in measures else f"{'-':>12}" for name in shown)
+        values = "".join(
+            f"{measures[name]:12.3f}" if name in measures else f"{'-':>12}" for name in shown
+        )
         flag = (
-            "  BLIND: the map hardly changes when the head is re-initialised" if measures.get("blind") else ""
+            "  BLIND: the map hardly changes when the head is re-initialised"
+            if measures.get("blind")
+            else ""
         )
         lines.append(f"{method:12}{values}{flag}")
     return lines

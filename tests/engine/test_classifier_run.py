@@ -50,7 +50,7 @@ def test_training_tests_the_whole_split(run: Path) -> None:
     assert results["accuracy"] == pytest.approx(hits / 360)
 
 
-def test_evaluate_repeats_the_result_and_draws_the_mistakes(
+def test_evaluate_repeats_the_result_and_draws_the_misclassified_images(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--checkpoint", _checkpoint(run), "--out-dir", str(tmp_path), *CPU]
@@ -62,7 +62,7 @@ def test_evaluate_repeats_the_result_and_draws_the_mistakes(
     )
     assert {path.stem for path in (tmp_path / "plots").glob("*.png")} == {
         "confusion_matrix",
-        "mistakes",
+        "misclassified",
         "reliability",
     }
 

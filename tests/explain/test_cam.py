@@ -40,7 +40,7 @@ ANCHORS = make_anchors(COCO_ANCHORS, SIZE)
 
 @pytest.fixture(scope="module")
 def model() -> YoloV3:
-    """A narrow detector whose heads and normalisations are random enough to give every map some life."""
+    """A narrow detector whose heads and normalisations are random: no map is flat."""
     torch.manual_seed(0)
     model = YoloV3(CLASSES, width=0.125).eval()
     for module in model.modules():
@@ -77,17 +77,22 @@ class InsertedIdentity(nn.Module):
         return self.model(images)[self.end]
 
 
-def naive_map(method: str, model: YoloV3, images: Tensor, start: int, cell: Cell, label: int) -> np.ndarray:
+def naive_map(
+    method: str, model: YoloV3, images: Tensor, start: int, cell: Cell, label: int
+) -> np.ndarray:
     whole = InsertedIdentity(model, start, cell.scale)
     cam = METHODS[method](whole, [whole.layer])
-    return cam(images / 255, [lambda output: output[cell.anchor, cell.row, cell.column, 5 + label]])[0]
+    return cam(
+        images / 255, [lambda output: output[cell.anchor, cell.row, cell.column, 5 + label]]
+    )[0]
 
 
 @pytest.mark.parametrize(
     ("method", "cell", "layer", "start"),
     [
         *((method, Cell(0, 1, 4, 5), "auto", 0) for method in METHODS),
-        ("hirescam", Cell(0, 0, 0, 9), "stride32", 0),  # in a corner: the window is shifted into the map
+        # in a corner: the window is shifted into the map
+        ("hirescam", Cell(0, 0, 0, 9), "stride32", 0),
         ("gradcam", Cell(1, 2, 19, 3), "auto", 1),
         ("layercam", Cell(2, 0, 20, 39), "auto", 2),
         ("gradcam", Cell(2, 0, 20, 11), "stride32", 0),  # two scales upstream
@@ -104,7 +109,8 @@ def test_a_map_equals_the_library_on_the_whole_model(method, cell, layer, start,
 def test_fused_is_the_mean_of_the_upstream_maps(trace):
     cell = Cell(2, 0, 20, 11)
     parts = [
-        explain_cells(trace, [cell], [1], CamSettings("gradcam", layer=layer))[0] for layer in LAYERS[1:4]
+        explain_cells(trace, [cell], [1], CamSettings("gradcam", layer=layer))[0]
+        for layer in LAYERS[1:4]
     ]
     [fused] = explain_cells(trace, [cell], [1], CamSettings("gradcam", layer="fused"))
     mean = np.mean([part.heat for part in parts], axis=0)
@@ -149,14 +155,15 @@ def test_the_flat_index_names_the_cell_that_decode_put_there(trace):
 
 
 @pytest.mark.parametrize(
-    "box",
-    [(10, 20, 22, 40), (100, 50, 180, 200), (0, 0, 320, 320), (300, 300, 320, 320)],
+    "box", [(10, 20, 22, 40), (100, 50, 180, 200), (0, 0, 320, 320), (300, 300, 320, 320)]
 )
 def test_a_missed_object_is_explained_by_the_cell_that_training_assigns_to_it(box):
     target = {"boxes": torch.tensor([box]).float(), "labels": torch.tensor([1])}
     assigned = assign_targets([target], ANCHORS, SIZE, rule="paper")
     [(scale, cells)] = [(i, part.cells) for i, part in enumerate(assigned) if len(part.cells)]
-    assert responsible_cell(torch.tensor(box).float(), ANCHORS, SIZE) == Cell(scale, *cells[0, 1:].tolist())
+    assert responsible_cell(torch.tensor(box).float(), ANCHORS, SIZE) == Cell(
+        scale, *cells[0, 1:].tolist()
+    )
 
 
 def test_a_missed_object_is_found_through_the_letterbox(model):
@@ -165,7 +172,8 @@ def test_a_missed_object_is_found_through_the_letterbox(model):
     explanation = explain_missed(
         trace, torch.tensor([400, 80, 480, 140]), 3, ANCHORS, CamSettings("layercam")
     )
-    cell = responsible_cell(torch.tensor([200.0, 150, 240, 180]), ANCHORS, SIZE)  # halved, 110 further down
+    halved = torch.tensor([200.0, 150, 240, 180])  # and 110 further down
+    cell = responsible_cell(halved, ANCHORS, SIZE)
     [same] = explain_cells(trace, [cell], [3], CamSettings("layercam"))
     np.testing.assert_array_equal(explanation.heat, same.heat)
     row, column = np.unravel_index(explanation.heat.argmax(), explanation.heat.shape)
@@ -209,10 +217,16 @@ def test_an_only_class_is_explained_by_its_objectness(image):
 
 def test_targets_differ_and_eigencam_ignores_them(trace):
     cell = Cell(1, 1, 9, 9)
-    heats = [explain_cells(trace, [cell], [0], CamSettings("layercam", target))[0].heat for target in TARGETS]
+    heats = [
+        explain_cells(trace, [cell], [0], CamSettings("layercam", target))[0].heat
+        for target in TARGETS
+    ]
     assert not np.allclose(heats[0], heats[1], atol=0.01)
     assert not np.allclose(heats[1], heats[2], atol=0.01)
-    blind = [explain_cells(trace, [cell], [0], CamSettings("eigencam", target))[0].heat for target in TARGETS]
+    blind = [
+        explain_cells(trace, [cell], [0], CamSettings("eigencam", target))[0].heat
+        for target in TARGETS
+    ]
     np.testing.assert_array_equal(blind[0], blind[1])
 
 
@@ -252,9 +266,13 @@ def test_explaining_leaves_the_model_as_it_was(model, image):
 def test_a_classifier_is_explained_in_the_pixels_of_the_original(layer, method, image):
     torch.manual_seed(0)
     model = ResNet(10, width=0.25)
-    explanation = explain_classification(model, image[:50, :70], 3, CamSettings(method, layer=layer))
+    explanation = explain_classification(
+        model, image[:50, :70], 3, CamSettings(method, layer=layer)
+    )
     assert explanation.heat.shape == (50, 70)
-    assert explanation.is_zero or (0.9 < explanation.heat.max() <= 1 and explanation.heat.min() >= 0)
+    assert explanation.is_zero or (
+        0.9 < explanation.heat.max() <= 1 and explanation.heat.min() >= 0
+    )
     assert 0 < explanation.score < 1
     assert model.training
 
@@ -265,7 +283,10 @@ def test_a_classifier_is_explained_in_the_pixels_of_the_original(layer, method, 
         ({"method": "camgrad"}, "method camgrad: choose from gradcam, "),
         ({"target": "box"}, "target box: choose from class, object, score"),
         ({"layer": "stride4"}, "layer stride4: choose from auto, stride32, "),
-        ({"layer": "stride8"}, "layer stride8 does not feed this box, which comes from stride 16: choose "),
+        (
+            {"layer": "stride8"},
+            "layer stride8 does not feed this box, which comes from stride 16: choose ",
+        ),
     ],
 )
 def test_unknown_names_are_refused_with_the_known_ones(names, message, trace):

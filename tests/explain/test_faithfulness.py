@@ -29,7 +29,7 @@ BOX = np.array([10, 20, 30, 40], np.float32)
 
 
 class WhiteSquare:
-    """A model of which everything is known: its score is the share of the square that is still white."""
+    """A model of which all is known: its score is the share of the square that is still white."""
 
     image = np.zeros((64, 64, 3), np.uint8)
     image[20:40, 10:30] = 255
@@ -52,7 +52,10 @@ def test_a_perfect_map_beats_a_random_one_and_a_blind_one_is_flagged():
     count, results = measure([WhiteSquare()] * 3, ["perfect", "blind"])
     perfect, blind, random = results["perfect"], results["blind"], results[RANDOM]
     assert count == 3
-    assert perfect["deletion"] < 0.1 < random["deletion"] and perfect["insertion"] > 0.9 > random["insertion"]
+    assert (
+        perfect["deletion"] < 0.1 < random["deletion"]
+        and perfect["insertion"] > 0.9 > random["insertion"]
+    )
     assert perfect["deletion_curve"][0] == perfect["insertion_curve"][-1] == 1
     assert perfect["pointing"] == 1 and blind["pointing"] == 0
     assert perfect["energy"] == 1 and blind["energy"] == 0
@@ -100,7 +103,8 @@ def test_similarity_is_the_rank_correlation_of_the_lit_pixels_and_a_flat_map_has
     heat[:3] = np.random.default_rng(0).uniform(0.1, 1, (3, 9))
     reverse = np.where(heat > 0, 1.1 - heat, 0)
     assert similarity(heat, heat**3) == pytest.approx(1)
-    assert similarity(heat, reverse) == pytest.approx(-1)  # though they agree on all the dark pixels
+    # though they agree on all the dark pixels
+    assert similarity(heat, reverse) == pytest.approx(-1)
     assert similarity(heat, np.ones_like(heat)) == 0
     assert similarity(np.zeros_like(heat), np.zeros_like(heat)) == 0
 
@@ -121,7 +125,11 @@ def test_a_detection_is_correct_when_it_overlaps_an_object_of_its_class_by_half(
     assert [k for k, _ in found] == [0]
     np.testing.assert_array_equal(found[0][1], [20, 20, 40, 40])
     assert (
-        _correct(boxes, torch.tensor([2, 2, 1]), note._replace(boxes=note.boxes[:0], labels=note.labels[:0]))
+        _correct(
+            boxes,
+            torch.tensor([2, 2, 1]),
+            note._replace(boxes=note.boxes[:0], labels=note.labels[:0]),
+        )
         == []
     )
 
@@ -136,7 +144,9 @@ def test_detections_of_a_real_model_are_found_again_and_explained_in_its_pixels(
     boxes, objectness, class_probs = decode(model(letterboxed(image, 96).image[None]), anchors)
     best = int((objectness[0] * class_probs[0].amax(-1)).argmax())
     label = class_probs[0, best].argmax()
-    true_box = boxes_from_letterbox(boxes[0, best, None].detach(), letterbox(48, 96, 96), 48, 96).numpy()
+    true_box = boxes_from_letterbox(
+        boxes[0, best, None].detach(), letterbox(48, 96, 96), 48, 96
+    ).numpy()
     note = Annotation(true_box, label[None].numpy(), np.zeros(1, bool), 48, 96)
     dataset = SimpleNamespace(image=lambda index: image, annotation=lambda index: note)
     loaded = LoadedWeights(model, Config(img_sizes=(96,)), ("a", "b"), anchors, {}, "", Path())

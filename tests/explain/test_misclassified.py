@@ -1,4 +1,4 @@
-"""The picture of a classifier's mistakes."""
+"""The picture of what a classifier got wrong."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 from yolo.config import DataConfig
 from yolo.data.labelled import open_datasets
 from yolo.explain import misclassified
-from yolo.explain.misclassified import GAP, TILE, mistake_grid
+from yolo.explain.misclassified import GAP, TILE, misclassified_grid
 from yolo.metrics.classification import ClassificationMetrics
 from yolo.models.resnet import ResNet
 
@@ -18,12 +18,16 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> list[tuple[np.ndarray, str]]:
     handed: list[tuple[np.ndarray, str]] = []
     draw = misclassified.picture_grid
     monkeypatch.setattr(
-        misclassified, "picture_grid", lambda tiles, title: handed.extend(tiles) or draw(tiles, title)
+        misclassified,
+        "picture_grid",
+        lambda tiles, title: handed.extend(tiles) or draw(tiles, title),
     )
     return handed
 
 
-def test_each_mistake_stands_beside_two_maps_the_surest_first(tiles: list[tuple[np.ndarray, str]]) -> None:
+def test_each_error_stands_beside_two_maps_the_surest_first(
+    tiles: list[tuple[np.ndarray, str]],
+) -> None:
     _, test = open_datasets(DataConfig(task="classification", dataset="digits"))
     metrics = ClassificationMetrics(test.class_names)
     logits = torch.nn.functional.one_hot(torch.from_numpy(test.labels), 10) * 9.0
@@ -33,18 +37,21 @@ def test_each_mistake_stands_beside_two_maps_the_surest_first(tiles: list[tuple[
         logits[index, wrong] = sureness
     metrics.update(logits, torch.from_numpy(test.labels))
     torch.manual_seed(0)
-    grid = mistake_grid(ResNet(10, width=0.125).eval(), test, metrics)
+    grid = misclassified_grid(ResNet(10, width=0.125).eval(), test, metrics)
     assert grid is not None and grid.dtype == np.uint8 and grid.ndim == 3
     captions = [caption for _, caption in tiles]
-    assert [caption.split("\n")[1] for caption in captions] == [test.image_ids[2], test.image_ids[7]]
+    assert [caption.split("\n")[1] for caption in captions] == [
+        test.image_ids[2],
+        test.image_ids[7],
+    ]
     assert captions[0].startswith(f"predicted 0 (94%), is {test.labels[2]}")
     assert tiles[0][0].shape == (TILE, 3 * TILE + 2 * GAP, 3)
     assert (tiles[0][0][2::4, 2:TILE:4] == test.image(2)).all()
 
 
-def test_without_mistakes_there_is_no_picture() -> None:
+def test_without_errors_there_is_no_picture() -> None:
     _, test = open_datasets(DataConfig(task="classification", dataset="digits"))
     metrics = ClassificationMetrics(test.class_names)
     labels = torch.from_numpy(test.labels)
     metrics.update(torch.nn.functional.one_hot(labels, 10) * 9.0, labels)
-    assert mistake_grid(ResNet(10, width=0.125).eval(), test, metrics) is None
+    assert misclassified_grid(ResNet(10, width=0.125).eval(), test, metrics) is None

@@ -38,9 +38,13 @@ def _trained(network: nn.Module) -> nn.Module:
 def detector() -> LoadedWeights:
     torch.manual_seed(0)
     config = Config(width=0.03125, img_sizes=(64,))
-    with pytest.MonkeyPatch.context() as patch:  # the exporter's time grows with depth: one block a stage
+    # one block a stage, as the exporter's time grows with depth
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Darknet53, "STAGES", tuple((channels, 1) for channels, _ in Darknet53.STAGES))
-        model, anchors = _trained(YoloV3(len(CLASSES), config.width)), make_anchors(COCO_ANCHORS, 64)
+        model, anchors = (
+            _trained(YoloV3(len(CLASSES), config.width)),
+            make_anchors(COCO_ANCHORS, 64),
+        )
     for head in model.heads:
         head[-1].weight.data *= 100  # scores that differ: constant ones would prove nothing
     return LoadedWeights(model, config, CLASSES, anchors, {"map_50": 0.5}, "digest", Path())
@@ -81,7 +85,9 @@ def test_onnx_detects_as_eager_at_any_batch_and_size(
     assert scores.max() - scores.min() > 100 * PARITY
 
 
-def test_onnx_carries_what_is_needed_to_read_its_output(detector: LoadedWeights, detector_onnx: Path) -> None:
+def test_onnx_carries_what_is_needed_to_read_its_output(
+    detector: LoadedWeights, detector_onnx: Path
+) -> None:
     metadata = {entry.key: entry.value for entry in onnx.load(detector_onnx).metadata_props}
     assert metadata["classes"] == '["a", "b", "c"]'
     assert (metadata["task"], metadata["test_size"]) == ("detection", "64")
@@ -120,7 +126,9 @@ def test_weights_for_others_do_not_tell_where_the_data_lay(tmp_path: Path) -> No
     )
     results = {"map_50": 0.5, "data": "VOC 2007:test in /home/me/VOCdevkit"}
     model = YoloV3(len(CLASSES), config.width)
-    export(LoadedWeights(model, config, CLASSES, None, results, "", Path()), tmp_path / "w.safetensors")
+    export(
+        LoadedWeights(model, config, CLASSES, None, results, "", Path()), tmp_path / "w.safetensors"
+    )
     assert b"/home/me" not in (tmp_path / "w.safetensors").read_bytes()
     again = load_weights(tmp_path / "w.safetensors")
     assert again.results == {"map_50": 0.5, "data": "VOC 2007:test in VOCdevkit"}
@@ -166,9 +174,8 @@ def test_fusing_changes_no_output_and_leaves_the_network_alone(
         torch.testing.assert_close(fused(images), before, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(loaded.model(images), before, rtol=0, atol=0)
     count = sum(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
-    assert (
-        count == {"detector": 0, "classifier": 3}[network]
-    )  # max-pooling keeps three apart from their kernels
+    # max-pooling keeps three apart from their kernels
+    assert count == {"detector": 0, "classifier": 3}[network]
 
 
 def test_the_fast_form_takes_bytes_and_gives_float32(detector: LoadedWeights) -> None:

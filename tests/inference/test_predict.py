@@ -55,7 +55,8 @@ def test_one_picture_gives_one_result_and_a_list_a_list(detector: Detector, tmp_
     assert (np.diff(one.scores) <= 0).all() and one.scores.min() >= 0.2
     assert (one.boxes >= 0).all() and (one.boxes <= [90, 50, 90, 50]).all()
 
-    several = detector.detect([str(path), noise(50, 90), noise(30, 30)] * 4, 0.2)  # more than a batch
+    more_than_a_batch = [str(path), noise(50, 90), noise(30, 30)] * 4
+    several = detector.detect(more_than_a_batch, 0.2)
     assert len(several) == 12 and (several[2].height, several[2].width) == (30, 30)
     for same in (several[0], several[1], several[-3]):
         np.testing.assert_allclose(same.boxes, one.boxes, atol=1e-3)
@@ -68,7 +69,9 @@ def test_thresholds_are_those_that_are_given(detector: Detector):
     assert len(detector.detect(image, 0, iou_threshold=0.1)) < len(detector.detect(image, 0, 1.0))
 
 
-@pytest.mark.parametrize("image", [np.zeros((8, 8)), np.zeros((8, 8, 3)), np.zeros((2, 8, 8, 3), np.uint8)])
+@pytest.mark.parametrize(
+    "image", [np.zeros((8, 8)), np.zeros((8, 8, 3)), np.zeros((2, 8, 8, 3), np.uint8)]
+)
 def test_an_array_that_is_no_picture_is_refused_with_its_shape_and_type(
     detector: Detector, image: np.ndarray
 ):
@@ -113,7 +116,9 @@ def test_images_are_decoded_and_detected_exactly_as_in_a_test(
         evaluation.update(loaded.model(images), targets)
     assert evaluation.detections is not None
     tested = evaluation.detections.detections()
-    found = predict_files(loaded, Detector(loaded).predict, dataset.paths, tmp_path / "out", print, 0.2)
+    found = predict_files(
+        loaded, Detector(loaded).predict, dataset.paths, tmp_path / "out", print, 0.2
+    )
     rows = found[0]["detections"]
     best = {(round(row["score"], 5), *np.round(row["box"], 2)) for row in rows}
     every = {

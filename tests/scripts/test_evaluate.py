@@ -59,7 +59,12 @@ def weights(tiny_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
             head[-1].bias.view(3, -1)[:, 5] = 4.0
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     save_weights(
-        path, model, cfg, tuple(CLASS_NAMES), make_anchors([20, 24] * 3 + [40, 48] * 3 + [70, 80] * 3, 64), {}
+        path,
+        model,
+        cfg,
+        tuple(CLASS_NAMES),
+        make_anchors([20, 24] * 3 + [40, 48] * 3 + [70, 80] * 3, 64),
+        {},
     )
     return path
 
@@ -87,10 +92,17 @@ def results_in(folder: Path) -> dict:
 
 def test_one_command_writes_numbers_plots_and_tensorboard_events(evaluation: Path) -> None:
     results = results_in(evaluation)
-    assert {"class_accuracy", "map_50", "by_size", "errors", "confusion_matrix", "calibration"} <= set(
+    assert {
+        "class_accuracy",
+        "map_50",
+        "by_size",
+        "errors",
+        "confusion_matrix",
+        "calibration",
+    } <= set(results)
+    assert {"checkpoint_digest", "data", "loader", "test_size", "thresholds", "commit"} <= set(
         results
     )
-    assert {"checkpoint_digest", "data", "loader", "test_size", "thresholds", "commit"} <= set(results)
     assert results["thresholds"]["max_detections"] == 200
     assert {path.stem for path in (evaluation / "plots").iterdir()} == PLOTS
     assert all(read_rgb(path).std() > 5 for path in (evaluation / "plots").iterdir())
@@ -99,15 +111,31 @@ def test_one_command_writes_numbers_plots_and_tensorboard_events(evaluation: Pat
 
 def test_the_printed_table_has_classes_sizes_and_errors(evaluation: Path) -> None:
     printed = (evaluation / "printed.txt").read_text()
-    for text in ("class accuracy", "mAP@0.5 (area)", "medium", "localisation", "ECE", str(evaluation)):
+    for text in (
+        "class accuracy",
+        "mAP@0.5 (area)",
+        "medium",
+        "localisation",
+        "ECE",
+        str(evaluation),
+    ):
         assert text in printed
 
 
 def test_written_detections_score_the_same_when_read_again(
     evaluation: Path, tiny_digits: Path, tmp_path: Path
 ) -> None:
-    words = ["--detections", str(evaluation / "files"), "--data-root", str(tiny_digits), "--split", "test"]
-    assert evaluate.main([*words, "--classes", ",".join(CLASS_NAMES), "--out-dir", str(tmp_path)]) == 0
+    words = [
+        "--detections",
+        str(evaluation / "files"),
+        "--data-root",
+        str(tiny_digits),
+        "--split",
+        "test",
+    ]
+    assert (
+        evaluate.main([*words, "--classes", ",".join(CLASS_NAMES), "--out-dir", str(tmp_path)]) == 0
+    )
     again, before = results_in(tmp_path), results_in(evaluation)
     assert again["confusion_matrix"] == before["confusion_matrix"]
     assert np.sum(again["confusion_matrix"]) > 100
@@ -151,7 +179,14 @@ def test_a_picture_that_cannot_be_read_costs_a_line_and_not_the_others(
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "good.jpg").write_bytes(good.read_bytes())
     (tmp_path / "in" / "bad.jpg").write_bytes(good.read_bytes()[:100])
-    words = ["--checkpoint", str(weights), "--images", str(tmp_path / "in"), "--out-dir", str(tmp_path)]
+    words = [
+        "--checkpoint",
+        str(weights),
+        "--images",
+        str(tmp_path / "in"),
+        "--out-dir",
+        str(tmp_path),
+    ]
     assert evaluate.main([*words, *CPU]) == 1
     assert "bad.jpg" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "predictions.json").read_text())) == 1
@@ -193,7 +228,9 @@ def test_data_with_other_classes_than_the_checkpoint_is_refused_by_name(
 def test_errors_far_outside_of_their_images_are_pictured_all_the_same(tiny_digits: Path) -> None:
     dataset = open_dataset(Config(data_root=str(tiny_digits)), "test", None)
     boxes = np.array([[-900.0, -900, -800, -800], [5000, 10, 5003, 900], [0, 0, 1, 3000]])
-    detections = Detections(np.zeros(3, np.int64), boxes, np.array([0.9, 0.8, 0.7]), np.zeros(3, np.int64))
+    detections = Detections(
+        np.zeros(3, np.int64), boxes, np.array([0.9, 0.8, 0.7]), np.zeros(3, np.int64)
+    )
     grids = error_grids(dataset, detections, load_objects(dataset, [0]), "plain")
     assert set(grids) == {"false_positives", "misses"}
 
@@ -214,7 +251,9 @@ def test_boxes_beyond_the_picture_are_drawn_on_its_edge() -> None:
 
 
 def test_curves_are_drawn_from_any_lines(tmp_path: Path) -> None:
-    train = [{"kind": "train", "step": k, "loss": 1 / k, "box": 1 / k, "lr": 0.1} for k in (1, 2, 3)]
+    train = [
+        {"kind": "train", "step": k, "loss": 1 / k, "box": 1 / k, "lr": 0.1} for k in (1, 2, 3)
+    ]
     tests = [{"kind": "evaluation", "step": 3, "map_50": 0.5}]
     for name, lines in {"both": [*train, *tests], "train": train, "nothing": []}.items():
         plot_curves(lines, tmp_path / f"{name}.png")
@@ -231,7 +270,10 @@ def test_calibrating_writes_a_new_weight_file_that_is_used_like_any_other(
     calibrated = tmp_path / "weights-calibrated.safetensors"
     assert trained.read_bytes() == weights.read_bytes()
     results = results_in(tmp_path / "fit")
-    before, after = results["calibrated"]["expected_error_before"], results["calibration"]["expected_error"]
+    before, after = (
+        results["calibrated"]["expected_error_before"],
+        results["calibration"]["expected_error"],
+    )
     assert after < before / 2
     for name in ("class_accuracy", "object_accuracy", "no_object_accuracy"):
         assert results[name] == pytest.approx(results_in(evaluation)[name])
@@ -254,7 +296,9 @@ def test_calibrating_writes_a_new_weight_file_that_is_used_like_any_other(
         evaluate.main([*words, str(tmp_path / "third"), "--calibrate"])
 
 
-def test_flip_averages_a_picture_and_its_mirror_image_and_says_so(weights: Path, tmp_path: Path) -> None:
+def test_flip_averages_a_picture_and_its_mirror_image_and_says_so(
+    weights: Path, tmp_path: Path
+) -> None:
     words = ["--checkpoint", str(weights), "--out-dir", str(tmp_path), *CPU, "--tta", "flip"]
     assert evaluate.main(words) == 0
     results = results_in(tmp_path)

@@ -32,7 +32,9 @@ def detector(tmp_path_factory):
 def classifier(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("classifier") / "classifier.safetensors"
-    save_weights(path, ResNet(2, 0.125), Config(width=0.125, task="classification"), CLASSES, None, {})
+    save_weights(
+        path, ResNet(2, 0.125), Config(width=0.125, task="classification"), CLASSES, None, {}
+    )
     return str(path)
 
 
@@ -40,7 +42,9 @@ def classifier(tmp_path_factory):
 def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
     for name, shape in (("a.jpg", (60, 90, 3)), ("b.png", (90, 60, 3)), ("a.png", (40, 40, 3))):
-        cv2.imwrite(str(folder / name), np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+        cv2.imwrite(
+            str(folder / name), np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        )
     (folder / "notes.txt").write_text("no picture")
     return folder
 
@@ -74,8 +78,14 @@ def test_one_picture_becomes_one_png_of_panels_side_by_side(detector, pictures, 
 
 
 def test_a_folder_becomes_a_folder(detector, pictures, tmp_path):
-    assert explain("--checkpoint", detector, "--images", pictures, "--output", tmp_path / "all") == 0
-    assert sorted(p.name for p in (tmp_path / "all").iterdir()) == ["a.jpg.png", "a.png.png", "b.png.png"]
+    assert (
+        explain("--checkpoint", detector, "--images", pictures, "--output", tmp_path / "all") == 0
+    )
+    assert sorted(p.name for p in (tmp_path / "all").iterdir()) == [
+        "a.jpg.png",
+        "a.png.png",
+        "b.png.png",
+    ]
 
 
 def test_a_glob_names_its_pictures(pictures):
@@ -83,10 +93,14 @@ def test_a_glob_names_its_pictures(pictures):
     assert [path.name for path in list_pictures(str(pictures / "*"))] == ["a.jpg", "a.png", "b.png"]
 
 
-def test_a_damaged_picture_costs_a_line_and_the_exit_code_but_not_the_others(detector, tmp_path, capsys):
+def test_a_damaged_picture_costs_a_line_and_the_exit_code_but_not_the_others(
+    detector, tmp_path, capsys
+):
     cv2.imwrite(str(tmp_path / "good.png"), np.zeros((32, 32, 3), np.uint8))
     (tmp_path / "bad.png").write_bytes(b"\x89PNG but not really")
-    assert explain("--checkpoint", detector, "--images", tmp_path, "--output", tmp_path / "out") == 1
+    assert (
+        explain("--checkpoint", detector, "--images", tmp_path, "--output", tmp_path / "out") == 1
+    )
     assert "bad.png: error: " in capsys.readouterr().out
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["good.png.png"]
 
@@ -94,7 +108,14 @@ def test_a_damaged_picture_costs_a_line_and_the_exit_code_but_not_the_others(det
 def test_without_a_detection_the_likeliest_class_is_explained_and_that_is_said(
     detector, pictures, tmp_path, capsys
 ):
-    words = ("--checkpoint", detector, "--images", pictures / "a.jpg", "--output", tmp_path / "map.png")
+    words = (
+        "--checkpoint",
+        detector,
+        "--images",
+        pictures / "a.jpg",
+        "--output",
+        tmp_path / "map.png",
+    )
     assert explain(*words) == 0
     assert "nothing detected; whole picture" in capsys.readouterr().out
 
@@ -104,17 +125,34 @@ def test_without_a_detection_the_likeliest_class_is_explained_and_that_is_said(
     [
         (("--class-name", "dog"), "whole picture, dog"),
         (("--class-name", "dog", "--missed", "10,10,40,50"), "missed dog"),
-        (("--target", "object", "--score-threshold", "0", "--box", "2"), "hirescam of object, box 2:"),
+        (
+            ("--target", "object", "--score-threshold", "0", "--box", "2"),
+            "hirescam of object, box 2:",
+        ),
     ],
 )
 def test_other_questions_are_answered(flags, said, detector, pictures, tmp_path, capsys):
-    words = ("--checkpoint", detector, "--images", pictures / "a.jpg", "--output", tmp_path / "map.png")
+    words = (
+        "--checkpoint",
+        detector,
+        "--images",
+        pictures / "a.jpg",
+        "--output",
+        tmp_path / "map.png",
+    )
     assert explain(*words, *flags) == 0
     assert said in capsys.readouterr().out
 
 
 def test_a_classifier_is_explained_too(classifier, pictures, tmp_path, capsys):
-    words = ("--checkpoint", classifier, "--images", pictures / "a.jpg", "--output", tmp_path / "map.png")
+    words = (
+        "--checkpoint",
+        classifier,
+        "--images",
+        pictures / "a.jpg",
+        "--output",
+        tmp_path / "map.png",
+    )
     assert explain(*words, "--class-name", "dog", "--layer", "layer2") == 0
     said = capsys.readouterr().out
     assert "classified as, " in said and "gradcam of class, dog, " in said and "layer2" in said
@@ -124,16 +162,31 @@ def test_a_classifier_is_explained_too(classifier, pictures, tmp_path, capsys):
     ("flags", "message"),
     [
         (("--images", "nowhere"), "--images nowhere: names no images"),
-        (("--images", "{pictures}", "--output", "x.png"), "--output x.png: must be a folder, there are 3"),
+        (
+            ("--images", "{pictures}", "--output", "x.png"),
+            "--output x.png: must be a folder, there are 3",
+        ),
         (("--images", "{pictures}/a.jpg", "--output", "x.gif"), "--output x.gif: must end in .png"),
-        (("--images", "{pictures}/a.jpg", "--method", "camgrad"), "method camgrad: choose from gradcam"),
-        (("--images", "{pictures}/a.jpg", "--class-name", "cow"), "--class-name cow: .* it knows cat, dog"),
-        (("--images", "{pictures}/a.jpg", "--missed", "1,2,3,4"), "--missed: want .* and --class-name"),
+        (
+            ("--images", "{pictures}/a.jpg", "--method", "camgrad"),
+            "method camgrad: choose from gradcam",
+        ),
+        (
+            ("--images", "{pictures}/a.jpg", "--class-name", "cow"),
+            "--class-name cow: .* it knows cat, dog",
+        ),
+        (
+            ("--images", "{pictures}/a.jpg", "--missed", "1,2,3,4"),
+            "--missed: want .* and --class-name",
+        ),
         (
             ("--images", "{pictures}/a.jpg", "--class-name", "dog", "--missed", "90,90,95,95"),
             "--missed 90,90,95,95: is no left,top,right,bottom in this picture of 90x60",
         ),
-        (("--images", "{pictures}/a.jpg", "--box", "-1"), "--box -1: detections are counted from 0"),
+        (
+            ("--images", "{pictures}/a.jpg", "--box", "-1"),
+            "--box -1: detections are counted from 0",
+        ),
         ((), "nothing to explain: give --images"),
     ],
 )
@@ -145,7 +198,14 @@ def test_bad_flags_are_refused_in_one_clear_line(flags, message, detector, pictu
 
 
 def test_a_box_that_is_not_there_is_refused_with_their_number(detector, pictures, tmp_path):
-    words = ("--checkpoint", detector, "--images", pictures / "a.jpg", "--output", tmp_path / "map.png")
+    words = (
+        "--checkpoint",
+        detector,
+        "--images",
+        pictures / "a.jpg",
+        "--output",
+        tmp_path / "map.png",
+    )
     with pytest.raises(UserError, match="--box 999: there are 300 detections"):
         explain(*words, "--score-threshold", "0", "--box", "999")
 
@@ -174,5 +234,10 @@ def test_evaluating_writes_the_measures_with_what_they_were_measured_on(tmp_path
 def test_a_text_file_is_no_picture(detector, pictures, tmp_path):
     with pytest.raises(UserError, match=r"notes.txt: is truncated or no image"):
         explain(
-            "--checkpoint", detector, "--images", pictures / "notes.txt", "--output", tmp_path / "map.png"
+            "--checkpoint",
+            detector,
+            "--images",
+            pictures / "notes.txt",
+            "--output",
+            tmp_path / "map.png",
         )

@@ -63,7 +63,11 @@ def test_the_made_up_photographs_are_a_voc_data_set(gpu, tmp_path):
 
 
 def test_a_real_training_is_timed_by_what_it_prints(gpu, tmp_path):
-    words = [sys.executable, "-c", "import time; print('step 10 a (wait 5%)'); time.sleep(0.1); print('b')"]
+    words = [
+        sys.executable,
+        "-c",
+        "import time; print('step 10 a (wait 5%)'); time.sleep(0.1); print('b')",
+    ]
     (first, one), (second, two) = gpu._lines_with_times(words)
     assert (one, two) == ("step 10 a (wait 5%)", "b")
     assert gpu.STEP_LINE.search(one).groups() == ("10", "5")

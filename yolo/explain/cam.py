@@ -1,8 +1,8 @@
 """Grad-CAM and its relatives: class activation maps of the detector and of the classifier.
 
-The maps are pytorch-grad-cam's. The detector runs once (`trace_detector`); the library then sees only a
-`Tail`, the part of the network from the explained layer up to one scale's output, fed the traced map once per
-box. So ten boxes cost one forward of the backbone, and no gradient ever enters it.
+The maps are pytorch-grad-cam's. The detector runs once (`trace_detector`); the library then sees
+only a `Tail`, the part of the network from the explained layer up to one scale's output, fed the
+traced map once per box: ten boxes cost one forward of the backbone, and no gradient enters it.
 """
 
 import copy
@@ -41,9 +41,9 @@ METHODS: dict[str, type[BaseCAM]] = {
     "layercam": LayerCAM,
     "eigencam": EigenCAM,
 }
-# A detection draws on few cells. Grad-CAM averages its gradient over the whole map: it lights whatever has
-# similar features anywhere, or nothing. HiResCAM (https://arxiv.org/abs/2011.08891) keeps the gradient of
-# each cell. `gradcam.py --evaluate` measures the difference.
+# A detection draws on few cells. Grad-CAM averages its gradient over the whole map: it lights
+# whatever has similar features anywhere, or nothing. HiResCAM (https://arxiv.org/abs/2011.08891)
+# keeps the gradient of each cell. `gradcam.py --evaluate` measures the difference.
 DETECTOR_METHOD = "hirescam"
 CLASSIFIER_METHOD = "gradcam"
 TARGET_BLIND = {"eigencam"}  # the same map for every target
@@ -53,7 +53,7 @@ CLASSIFIER_LAYERS = ("auto", "layer1", "layer2", "layer3", "fused")
 BOXES_AT_ONCE = 16
 OPACITY = 0.7  # of the hottest pixel of an overlay
 REACH = 3  # cells: a neck and a head hold three 3x3 convolutions
-ZERO = 1e-3  # the library divides a map by (peak + 1e-7): a quotient below this is rounding, not evidence
+ZERO = 1e-3  # the library divides a map by (peak + 1e-7): a quotient below this is rounding
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ class CamSettings:
     """One of `METHODS`."""
     target: str = "class"
     """What is differentiated: `class` (the logit of the label), `object` (the objectness logit) or
-    `score` (the log of their product as probabilities). The logit of an only class is never trained:
-    `object` takes its place."""
+    `score` (the log of their product as probabilities). The logit of an only class is never
+    trained: `object` takes its place."""
     layer: str = "auto"
-    """`auto` is what enters the neck of the box's own scale; `stride32` and so on what enters that neck,
-    if it is upstream of the box; `fused` the mean over all upstream ones. Of a classifier one of
-    `CLASSIFIER_LAYERS`; `auto` is the last map (4 x 4 cells), `fused` the mean of all."""
+    """`auto` is what enters the neck of the box's own scale; `stride32` and so on what enters that
+    neck, if it is upstream of the box; `fused` the mean of all upstream ones. Of a classifier: one
+    of `CLASSIFIER_LAYERS`; `auto` is the last map (4 x 4 cells), `fused` the mean of all."""
 
 
 DETECTOR_CAM = CamSettings()
@@ -103,13 +103,13 @@ class Trace:
 class Explanation:
     """A heat map over the original image and what it is a map of."""
 
-    heat: np.ndarray  # [height, width] float32 in [0, 1]; 1 is the map's peak (which may lie in the padding)
+    heat: np.ndarray  # [height, width] float32 in [0, 1]; 1 is the peak, maybe in the padding
     is_zero: bool  # nothing raises the target: `heat` is zero everywhere
     method: str
     target: str  # what was differentiated: class, object or score
     layer: str  # where the map was taken, as in "stride 16"
     label: int
-    score: float  # the model's score for `label`, at the explained prediction or (classifier) as probability
+    score: float  # the model's for `label` at this prediction; of a classifier the probability
 
 
 def trace_detector(
@@ -137,7 +137,9 @@ def trace_detector(
 def trace_picture(loaded: LoadedWeights, source: str | Path | np.ndarray) -> Trace:
     """As `trace_detector`, with the network, the size and the loss of a loaded detector."""
     assert isinstance(loaded.model, YoloV3)
-    return trace_detector(loaded.model, source, loaded.test_size, loaded.config.loss_settings.class_loss)
+    return trace_detector(
+        loaded.model, source, loaded.test_size, loaded.config.loss_settings.class_loss
+    )
 
 
 def explain_detections(
@@ -169,7 +171,9 @@ def explain_missed(
         anchors: [3, A, 2] pixels of the network input.
         settings: as in `explain_detections`.
     """
-    cell = responsible_cell(boxes_to_letterbox(box[None].float(), trace.place)[0], anchors, trace.place.size)
+    cell = responsible_cell(
+        boxes_to_letterbox(box[None].float(), trace.place)[0], anchors, trace.place.size
+    )
     return explain_cells(trace, [cell], [label], settings)[0]
 
 
@@ -184,24 +188,31 @@ def explain_cells(
     values = [_cell_value(trace, label, target) for label in labels]
     starts = [_start_scales(settings.layer, cell.scale) for cell in cells]
     heats = np.zeros((len(cells), trace.place.size, trace.place.size), dtype=np.float32)
-    for boxes, start in _groups([cell.scale for cell in cells], starts):
+    # the boxes that end at one scale and start at one
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for i, cell in enumerate(cells):
+        for start in starts[i]:
+            groups[cell.scale, start].append(i)
+    for (_, start), boxes in groups.items():
         heats[boxes] += _cell_maps(
             trace, start, [cells[i] for i in boxes], [values[i] for i in boxes], method
         )
+    raws = [trace.outputs[cell.scale][0, cell.anchor, cell.row, cell.column] for cell in cells]
+    scores = [
+        float(_log_scores(trace, raw)[label].exp()) for raw, label in zip(raws, labels, strict=True)
+    ]
     return [
-        Explanation(
-            *_in_original(heat, trace), method, target, _layer_name(start), label, _score(trace, cell, label)
-        )
-        for heat, start, label, cell in zip(heats, starts, labels, cells, strict=True)
+        Explanation(*_in_original(heat, trace), method, target, _layer_name(start), label, score)
+        for heat, start, label, score in zip(heats, starts, labels, scores, strict=True)
     ]
 
 
 def explain_class(trace: Trace, label: int, settings: CamSettings = DETECTOR_CAM) -> Explanation:
     """Explain where the whole image raises the score of a class, detected or not.
 
-    Per scale the explained value is the log of the class's scores summed over all cells; the maps of the
-    scales are added, weighted by their share of that sum. `settings.layer` may name a single scale instead;
-    `settings.target` has no say.
+    Per scale the explained value is the log of the class's scores summed over all cells; the maps
+    of the scales are added, weighted by their share of that sum. `settings.layer` may name a single
+    scale instead; `settings.target` has no say.
 
     Returns:
         The map; its `score` is the class's highest over all predictions.
@@ -216,7 +227,9 @@ def explain_class(trace: Trace, label: int, settings: CamSettings = DETECTOR_CAM
         value = [lambda raw: _log_scores(trace, raw)[..., label].logsumexp(0)]
         heat += share * _tail_maps(trace, Tail(trace, scale, scale), value, method)[0]
     best = max(float(values.max().exp()) for values in log_scores)
-    return Explanation(*_in_original(heat, trace), method, "score", _layer_name(scales), label, best)
+    return Explanation(
+        *_in_original(heat, trace), method, "score", _layer_name(scales), label, best
+    )
 
 
 def explain_classification(
@@ -236,7 +249,9 @@ def explain_classification(
     method, layer = settings.method, settings.layer
     _check(method, METHODS, "method")
     _check(layer, CLASSIFIER_LAYERS, "layer")
-    names = CLASSIFIER_LAYERS[1:-1] if layer == "fused" else ["layer3" if layer == "auto" else layer]
+    names = (
+        CLASSIFIER_LAYERS[1:-1] if layer == "fused" else ["layer3" if layer == "auto" else layer]
+    )
     frozen = _frozen(model)
     score = float(classify(frozen, image)[label])
     layers = [getattr(frozen, name) for name in names]
@@ -254,7 +269,7 @@ def classify(model: ResNet, image: np.ndarray) -> Tensor:
 
 
 def cell_of(index: int, outputs: Sequence[Tensor]) -> Cell:
-    """Return the prediction at place `index` of `decode`'s flat order over (scale, anchor, row, column)."""
+    """Return the prediction at place `index` of `decode`'s order: scale, anchor, row, column."""
     for scale, output in enumerate(outputs):
         size = output[0, ..., 0].numel()
         if index < size:
@@ -264,7 +279,7 @@ def cell_of(index: int, outputs: Sequence[Tensor]) -> Cell:
 
 
 def responsible_cell(box: Tensor, anchors: Tensor, size: int) -> Cell:
-    """Return the prediction that answers for an object: the best anchor's, in the cell of its centre.
+    """Return the prediction responsible for an object: the best anchor's, in its centre's cell.
 
     Args:
         box: [4] xyxy in pixels of the network input.
@@ -279,7 +294,7 @@ def responsible_cell(box: Tensor, anchors: Tensor, size: int) -> Cell:
 
 
 def likeliest_class(trace: Trace) -> int:
-    """Return the class of the highest score, however low: what to explain when nothing was detected."""
+    """Return the class of the highest score: what to explain when nothing was detected."""
     scores = [_log_scores(trace, raw).flatten(0, -2).amax(0) for raw in trace.outputs]
     return int(torch.stack(scores).amax(0).argmax())
 
@@ -310,11 +325,13 @@ def overlay(image: np.ndarray, heat: np.ndarray, opacity: float = OPACITY) -> np
 class Tail(nn.Module):
     """The detector from what enters the neck of scale `start` to raw predictions of scale `end`.
 
-    It starts before the neck, where a prediction draws on 7 x 7 cells; one layer before the output HiResCAM
-    and LayerCAM would collapse to the prediction's own cell.
+    It starts before the neck, where a prediction draws on 7 x 7 cells; one layer before the output
+    HiResCAM and LayerCAM would collapse to the prediction's own cell.
     """
 
-    def __init__(self, trace: Trace, start: int, end: int, cells: Sequence[Cell] | None = None) -> None:
+    def __init__(
+        self, trace: Trace, start: int, end: int, cells: Sequence[Cell] | None = None
+    ) -> None:
         super().__init__()
         self.layer = nn.Identity()
         self.model = trace.model
@@ -323,7 +340,7 @@ class Tail(nn.Module):
         self.cells = cells
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [N, C, H, W] to the prediction of `cells[i]` in image i [N, 5 + C], or to all [N, K, 5 + C]."""
+        """Map [N, C, H, W] to what `cells[i]` predicts in image i [N, 5 + C], or to all."""
         x = self.layer(x)
         for scale in range(self.start, self.end):
             carried = self.model.carry(scale, self.model.necks[scale](x))
@@ -339,10 +356,10 @@ class Tail(nn.Module):
 
 
 def _windows(x: Tensor, cells: Sequence[Cell]) -> tuple[Tensor, list[int], list[int]]:
-    """Cut out what each cell's prediction draws on, and return the rows and columns of the cells in there.
+    """Cut out what each cell's prediction draws on; return it with the cells' rows and columns.
 
-    The windows are shifted into the map, never padded, so the result is exact: what the cut borders get wrong
-    lies too far from the cell to reach it through three 3x3 convolutions.
+    The windows are shifted into the map, never padded, so the result is exact: what the cut borders
+    get wrong lies too far from the cell to reach it through three 3x3 convolutions.
     """
     height, width = x.shape[2:]
     side_y, side_x = min(height, 2 * REACH + 1), min(width, 2 * REACH + 1)
@@ -364,17 +381,17 @@ def _run_library(
     inputs: Tensor,
     values: Sequence[Value],
 ) -> np.ndarray:
-    """Return the library's maps [N, H, W] at the resolution of `inputs`; value i is explained on input i."""
+    """Return the library's maps [N, H, W] at the resolution of `inputs`, of value i on input i."""
     cam = METHODS[method](model, list(layers))
     try:
         with torch.enable_grad():
             return cam(inputs.requires_grad_(), list(values))
     finally:
-        cam.activations_and_grads.release()  # hooks and module refer to each other: free the maps now
+        cam.activations_and_grads.release()  # hooks and module hold each other: free the maps now
 
 
 def _frozen(model: Module) -> Module:
-    """Return a view in evaluation mode that shares the weights but records no gradients for them."""
+    """Return a view in evaluation mode that shares the weights, without their gradients."""
     shared: dict[int, object] = {
         id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
     }
@@ -398,22 +415,10 @@ def _log_scores(trace: Trace, raw: Tensor) -> Tensor:
     Unlike that of the score its gradient does not die near 0 and 1.
     """
     classes = raw[..., 5:]
-    log_probs = functional.logsigmoid(classes) if trace.class_loss == "sigmoid" else classes.log_softmax(-1)
+    log_probs = (
+        functional.logsigmoid(classes) if trace.class_loss == "sigmoid" else classes.log_softmax(-1)
+    )
     return functional.logsigmoid(raw[..., 4:5]) + log_probs
-
-
-def _score(trace: Trace, cell: Cell, label: int) -> float:
-    raw = trace.outputs[cell.scale][0, cell.anchor, cell.row, cell.column]
-    return float(_log_scores(trace, raw)[label].exp())
-
-
-def _groups(ends: Sequence[int], starts: Sequence[Sequence[int]]) -> list[tuple[list[int], int]]:
-    """Return, for each pair of scales in use, the boxes that end there and the scale they start from."""
-    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for i, end in enumerate(ends):
-        for start in starts[i]:
-            groups[end, start].append(i)
-    return [(boxes, start) for (_, start), boxes in groups.items()]
 
 
 def _cell_maps(
@@ -438,7 +443,7 @@ def _tail_maps(trace: Trace, tail: Tail, values: Sequence[Value], method: str) -
 
 
 def _in_original(heat: np.ndarray, trace: Trace) -> tuple[np.ndarray, bool]:
-    """Return a map of the canvas over the original image, its peak set to 1; also say whether it is zero."""
+    """Return a map of the canvas over the original image, its peak 1, and whether it is zero."""
     over_image = from_letterbox(heat, trace.place, trace.height, trace.width)
     is_zero = not over_image.max() > ZERO
     return np.zeros_like(over_image) if is_zero else over_image / heat.max(), is_zero
@@ -453,7 +458,8 @@ def _start_scales(layer: str, end: int) -> list[int]:
     if start > end:
         upstream = ", ".join(f"stride{stride}" for stride in STRIDES[: end + 1])
         raise UsageError(
-            f"layer {layer} does not feed this box, which comes from stride {STRIDES[end]}: choose {upstream}"
+            f"layer {layer} does not feed this box, which comes from stride {STRIDES[end]}: "
+            f"choose {upstream}"
         )
     return [start]
 

@@ -1,7 +1,7 @@
 """How far a heat map can be trusted, measured instead of judged by eye.
 
-Pointing game: Zhang et al. 2016 (https://arxiv.org/abs/1608.00507). Energy inside the box: Wang et al. 2020
-(https://arxiv.org/abs/1910.01279). Deletion and insertion: Petsiuk et al. 2018
+Pointing game: Zhang et al. 2016 (https://arxiv.org/abs/1608.00507). Energy inside the box: Wang et
+al. 2020 (https://arxiv.org/abs/1910.01279). Deletion and insertion: Petsiuk et al. 2018
 (https://arxiv.org/abs/1806.07421), for detections with the similarity of D-RISE
 (https://arxiv.org/abs/2006.03204). Re-initialised weights: Adebayo et al. 2018
 (https://arxiv.org/abs/1810.03292).
@@ -74,8 +74,10 @@ class DetectedObject:
 
     @torch.no_grad()
     def scores(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Return what is left of it in changed images: the best score x overlap of all predictions."""
-        canvases = torch.stack([letterboxed(image, self.trace.place.size).image for image in images])
+        """Return what is left of it in changed images: the best score x overlap."""
+        canvases = torch.stack(
+            [letterboxed(image, self.trace.place.size).image for image in images]
+        )
         outputs = self.trace.model(canvases.to(self.anchors.device))
         boxes, objectness, class_probs = decode(outputs, self.anchors, self.trace.class_loss)
         overlap = box_iou(self.found_box[None], boxes.flatten(0, 1)).view(objectness.shape)
@@ -99,7 +101,7 @@ class ClassifiedImage:
         return 4, 4
 
     def heat(self, method: str, *, reset: bool = False) -> np.ndarray:
-        """Return its map [H, W]; with `reset` that of the model with a re-initialised last layer."""
+        """Return its map [H, W]; with `reset` that of the model with a new last layer."""
         model = self.reset_model if reset else self.model
         settings = dataclasses.replace(self.settings, method=method)
         return explain_classification(model, self.image, self.label, settings).heat
@@ -127,14 +129,16 @@ def measure(
 
     Returns:
         The number of subjects, and per method as means over them:
-        `deletion`: area under the score, relative to the untouched image's, while the hottest pixels are
-            painted over (low is good); `deletion_curve` over `SHARES`.
-        `insertion`: the same while they are put into a blurred image (high is good); `insertion_curve`.
+        `deletion`: area under the score, relative to the untouched image's, while the hottest
+            pixels are painted over (low is good); `deletion_curve` over `SHARES`.
+        `insertion`: the same while they are put into a blurred image (high is good);
+            `insertion_curve`.
         `pointing`: share of maps that peak inside the true box.
-        `energy`: share of the heat inside it; `area`: the box's share of the image, what a flat map reaches.
+        `energy`: share of the heat inside it; `area`: the box's share of the image, what a flat map
+            reaches.
         `zero`: share of empty maps.
-        `similarity_after_reset`: `similarity` to the map of the re-initialised head; `blind` flags a
-            method whose map hardly changes.
+        `similarity_after_reset`: `similarity` to the map of the re-initialised head; `blind` flags
+            a method whose map hardly changes.
     """
     rng = np.random.default_rng(seed)
     records: dict[str, list[dict[str, Any]]] = {method: [] for method in (*methods, RANDOM)}
@@ -142,9 +146,13 @@ def measure(
         for method in methods:
             heat = subject.heat(method)
             unchanged = similarity(heat, subject.heat(method, reset=True))
-            records[method].append({**measure_map(subject, heat, rng), "similarity_after_reset": unchanged})
+            records[method].append(
+                {**measure_map(subject, heat, rng), "similarity_after_reset": unchanged}
+            )
         noise = rng.random(subject.cells, dtype=np.float32)  # as coarse as the maps
-        records[RANDOM].append(measure_map(subject, cv2.resize(noise, subject.image.shape[1::-1]), rng))
+        records[RANDOM].append(
+            measure_map(subject, cv2.resize(noise, subject.image.shape[1::-1]), rng)
+        )
     return len(records[RANDOM]), {method: _mean(of_method) for method, of_method in records.items()}
 
 
@@ -186,7 +194,7 @@ def energy_inside(heat: np.ndarray, box: np.ndarray) -> float:
 def perturbed(
     image: np.ndarray, background: np.ndarray, heat: np.ndarray, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Return copies of `image`, their hottest `SHARES` of pixels from `background`; ties fall at random."""
+    """Return copies of `image`, the hottest `SHARES` of pixels from `background`."""
     order = np.lexsort((rng.random(heat.size), -heat.ravel()))
     rank = np.empty(heat.size)
     rank[order] = np.arange(heat.size) / heat.size
@@ -195,9 +203,10 @@ def perturbed(
 
 
 def similarity(heat: np.ndarray, other: np.ndarray) -> float:
-    """Return the rank correlation of two maps over the pixels that either lights; 0 if one is flat there.
+    """Return the rank correlation of two maps where either is lit; 0 if one is flat there.
 
-    Dark pixels are left out: two maps confined to the same few cells agree on all others, whatever they show.
+    Dark pixels are left out: two maps confined to the same few cells agree on all others, whatever
+    they show.
     """
     lit = (heat > 0) | (other > 0)
     heat, other = heat[lit], other[lit]
@@ -215,7 +224,7 @@ def detected_objects(
 ) -> Iterator[DetectedObject]:
     """Yield the most confident correct detections of each image, three at most.
 
-    A detection is correct if it overlaps an object of its class by half; its true box is the best such.
+    A detection is correct if it overlaps an object of its class by half; its true box is the best.
     """
     assert loaded.anchors is not None and isinstance(loaded.model, YoloV3)
     reset = _with_new_layers(loaded.model, "heads")
@@ -235,7 +244,9 @@ def detected_objects(
         for k, true_box in correct[:BOXES_PER_IMAGE]:
             cell, label = cell_of(int(found["index"][k]), trace.outputs), int(found["labels"][k])
             box = found["input_boxes"][k]
-            yield DetectedObject(image, true_box, trace, reset_trace, anchors, box, cell, label, settings)
+            yield DetectedObject(
+                image, true_box, trace, reset_trace, anchors, box, cell, label, settings
+            )
 
 
 def classified_images(
@@ -244,19 +255,23 @@ def classified_images(
     """Yield the images whose likeliest class is the right one."""
     reset = _with_new_layers(model, "classifier")
     for index in images:
-        subject = ClassifiedImage(dataset.image(index), model, reset, int(dataset.labels[index]), settings)
+        subject = ClassifiedImage(
+            dataset.image(index), model, reset, int(dataset.labels[index]), settings
+        )
         if subject.scores([subject.image])[0] > 0.5:
             yield subject
 
 
 def _correct(boxes: Tensor, labels: Tensor, annotation: Annotation) -> list[tuple[int, np.ndarray]]:
-    """Return the positions of the correct detections, most confident first, each with its true box."""
+    """Return the correct detections' positions, most confident first, each with its true box."""
     true = annotation.boxes
     if not len(true):
         return []
     overlap = box_iou(boxes, torch.from_numpy(true))
     overlap[labels[:, None] != torch.from_numpy(annotation.labels)[None]] = 0
-    return [(k, true[int(row.argmax())]) for k, row in enumerate(overlap) if row.max() >= CORRECT_IOU]
+    return [
+        (k, true[int(row.argmax())]) for k, row in enumerate(overlap) if row.max() >= CORRECT_IOU
+    ]
 
 
 def _with_new_layers(model: Module, name: str) -> Module:

@@ -1,4 +1,4 @@
-"""A classifier's most confident errors, each beside the Grad-CAM of the predicted and of the true class."""
+"""A classifier's most confident errors, with the Grad-CAM of the predicted and true classes."""
 
 import cv2
 import numpy as np
@@ -14,7 +14,9 @@ TILE = 128  # pixels
 GAP = 4
 
 
-def mistake_grid(model: ResNet, dataset: ImageDataset, metrics: ClassificationMetrics) -> np.ndarray | None:
+def misclassified_grid(
+    model: ResNet, dataset: ImageDataset, metrics: ClassificationMetrics
+) -> np.ndarray | None:
     """Draw the most confident wrong predictions.
 
     Args:
@@ -23,15 +25,17 @@ def mistake_grid(model: ResNet, dataset: ImageDataset, metrics: ClassificationMe
         metrics: its predictions, in the order of the images.
 
     Returns:
-        An RGB image: per error the picture, the Grad-CAM of the predicted class, and that of the true
-        class. None if there are no errors.
+        An RGB image: per error the picture, the Grad-CAM of the predicted class, and that of the
+        true class. None if there are no errors.
     """
     answers = metrics.state()
     tiles = []
     for index in metrics.worst_mistakes(GRID_PICTURES):
         predicted, true = int(answers["predicted"][index]), int(answers["labels"][index])
         names = dataset.class_names
-        caption = f"predicted {names[predicted]} ({answers['confidence'][index]:.0%}), is {names[true]}"
+        caption = (
+            f"predicted {names[predicted]} ({answers['confidence'][index]:.0%}), is {names[true]}"
+        )
         caption += f"\n{dataset.image_ids[index]}"
         tiles.append((_tile(model, dataset.image(index), (predicted, true)), caption))
     if not tiles:
@@ -46,5 +50,8 @@ def _tile(model: ResNet, image: np.ndarray, labels: tuple[int, int]) -> np.ndarr
     parts = [large]
     for label in labels:
         heat = explain_classification(model, image, label).heat
-        parts += [np.full((TILE, GAP, 3), 255, np.uint8), overlay(large, cv2.resize(heat, (TILE, TILE)))]
+        parts += [
+            np.full((TILE, GAP, 3), 255, np.uint8),
+            overlay(large, cv2.resize(heat, (TILE, TILE))),
+        ]
     return np.hstack(parts)

@@ -1,4 +1,4 @@
-"""Explanations as pictures: an image with its detections or classes, and beside it their heat maps."""
+"""Explanations as pictures: an image with its detections or classes, beside their heat maps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,7 +70,9 @@ def make_panels(loaded: LoadedWeights, path: Path, question: Question) -> list[P
     return _detector_panels(Detector(loaded), path, image, question)
 
 
-def _detector_panels(detector: Detector, path: Path, image: np.ndarray, question: Question) -> list[Panel]:
+def _detector_panels(
+    detector: Detector, path: Path, image: np.ndarray, question: Question
+) -> list[Panel]:
     """Without any detection the whole-image map of the likeliest class is the answer."""
     trace = trace_picture(detector.loaded, path)
     found = detector.read_outputs(
@@ -88,7 +90,9 @@ def _detector_panels(detector: Detector, path: Path, image: np.ndarray, question
             picture = _paint(image, explanation, question.opacity)
             if box is not None:
                 picture = draw_boxes(picture, box[None] * factor, [explanation.label], class_names)
-            panels.append(Panel(_title(explanation, f"{what} {class_names[explanation.label]}"), picture))
+            panels.append(
+                Panel(_title(explanation, f"{what} {class_names[explanation.label]}"), picture)
+            )
     return panels
 
 
@@ -98,7 +102,9 @@ def _classifier_panels(loaded: LoadedWeights, image: np.ndarray, question: Quest
         raise UsageError("--missed: a classifier has no boxes; give a detector as --checkpoint")
     probabilities = cam.classify(loaded.model, image)
     best = probabilities.argsort(descending=True)[:TOP_CLASSES].tolist()
-    classes = ", ".join(f"{loaded.class_names[label]} {float(probabilities[label]):.0%}" for label in best)
+    classes = ", ".join(
+        f"{loaded.class_names[label]} {float(probabilities[label]):.0%}" for label in best
+    )
     panels = [Panel(f"classified as\n{classes}", _enlarge(image)[0])]
     label = best[0] if question.label is None else question.label
     for settings in question.cams:
@@ -146,7 +152,9 @@ def _answers(
     if question.box is not None and question.box >= len(found):
         raise UserError(f"--box {question.box}: there are {len(found)} detections, counted from 0")
     which = list(range(len(found))) if question.box is None else [question.box]
-    maps = cam.explain_detections(trace, found.index[which].tolist(), found.labels[which].tolist(), settings)
+    maps = cam.explain_detections(
+        trace, found.index[which].tolist(), found.labels[which].tolist(), settings
+    )
     return [Answer(f"box {i}:", found.boxes[i], one) for i, one in zip(which, maps, strict=True)]
 
 
@@ -154,11 +162,15 @@ def _inside(missed: tuple[float, ...], trace: Trace) -> np.ndarray:
     box = np.asarray(missed, np.float32)
     middle = (box[:2] + box[2:]) / 2
     if not (
-        (box[2:] > box[:2]).all() and (middle >= 0).all() and (middle < (trace.width, trace.height)).all()
+        (box[2:] > box[:2]).all()
+        and (middle >= 0).all()
+        and (middle < (trace.width, trace.height)).all()
     ):
         shown = ",".join(f"{value:g}" for value in missed)
         size = f"{trace.width}x{trace.height}"
-        raise UsageError(f"--missed {shown}: is no left,top,right,bottom in this picture of {size} pixels")
+        raise UsageError(
+            f"--missed {shown}: is no left,top,right,bottom in this picture of {size} pixels"
+        )
     return box
 
 

@@ -1,4 +1,4 @@
-"""A trained network as ONNX, for any batch and any image size, with everything needed to read its output."""
+"""A trained network as ONNX, for any batch and image size, with what reading its output needs."""
 
 import contextlib
 import io
@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,10 @@ class ExportedDetector(nn.Module):
         self.class_loss = class_loss
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Map images [B, 3, H, W] to boxes [B, N, 4] (xyxy pixels of the input) and scores [B, N, C]."""
+        """Map images [B, 3, H, W] to boxes [B, N, 4] (xyxy, input pixels) and scores [B, N, C]."""
         outputs = self.network(images)
-        boxes, objectness, class_probs = decode(outputs, self.anchors, self.class_loss)  # type: ignore[arg-type]
+        anchors = cast(Tensor, self.anchors)
+        boxes, objectness, class_probs = decode(outputs, anchors, self.class_loss)
         return boxes, objectness[..., None] * class_probs
 
 
@@ -51,11 +52,11 @@ class ExportedClassifier(nn.Module):
 
 
 def export(loaded: LoadedWeights, path: Path) -> str:
-    """Write a trained network as `.onnx` or `.safetensors`, whole or not at all; return one line about it.
+    """Write a trained network as `.onnx` or `.safetensors`, whole or not at all; describe it.
 
     Raises:
         UsageError: for another suffix.
-        UserError: if the file cannot be written, a package is missing, or the result differs from eager.
+        UserError: if it cannot be written, a package is missing, or the result differs from eager.
     """
     writers = {".onnx": export_onnx, ".safetensors": export_safetensors}
     if path.suffix not in writers:
@@ -67,13 +68,13 @@ def export(loaded: LoadedWeights, path: Path) -> str:
 
 
 def export_safetensors(loaded: LoadedWeights, path: Path) -> str:
-    """Write the weights in half precision with their metadata, as `app.py` and `evaluate.py` read them."""
+    """Write the weights in half precision with their metadata, as the scripts read them."""
     publish_weights(path, loaded)
     return f"{path}: {_megabytes(path)}, half precision; evaluate.py, gradcam.py and app.py read it"
 
 
 def export_onnx(loaded: LoadedWeights, path: Path) -> str:
-    """Write `images` float [B, 3, H, W] in [0, 1] -> `boxes`, `scores` (or `probabilities`), and check it.
+    """Write and check `images` [B, 3, H, W] in [0, 1] -> `boxes`, `scores` or `probabilities`.
 
     B is free; H and W are free multiples of 32 for the detector.
     """
@@ -84,7 +85,7 @@ def export_onnx(loaded: LoadedWeights, path: Path) -> str:
         raise UserError("--export to ONNX needs: pip install onnx onnxscript onnxruntime") from None
     model, names = _with_readable_outputs(loaded)
     with replacing(path) as temporary:
-        temporary.touch()  # a path that cannot be written shows before the export, which takes a while
+        temporary.touch()  # a path that cannot be written shows before the slow export
         _write_onnx(model, temporary, names, _example(loaded), _metadata(loaded))
         session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
         difference = parity(model, session, _example(loaded, batch=1), loaded.test_size)
@@ -92,7 +93,7 @@ def export_onnx(loaded: LoadedWeights, path: Path) -> str:
 
 
 def parity(model: nn.Module, session: Any, images: Tensor, size: int) -> float:
-    """Return the largest difference between a model and its ONNX session, boxes relative to the image `size`.
+    """Return the largest difference between a model and its ONNX session, boxes relative to `size`.
 
     Raises:
         UserError: if it is beyond `PARITY`.
@@ -106,7 +107,9 @@ def parity(model: nn.Module, session: Any, images: Tensor, size: int) -> float:
         for a, b, unit in zip(found, expected, units, strict=True)
     )
     if not difference <= PARITY:
-        raise UserError(f"the ONNX model differs from this network by {difference:.1e}; nothing was written")
+        raise UserError(
+            f"the ONNX model differs from this network by {difference:.1e}; nothing was written"
+        )
     return difference
 
 
@@ -130,7 +133,10 @@ def _write_onnx(
 
     dims: dict[int, Any] = {0: torch.export.Dim("batch")}
     if isinstance(model, ExportedDetector):
-        dims |= {axis: STRIDES[0] * torch.export.Dim(name) for axis, name in ((2, "rows"), (3, "columns"))}
+        dims |= {
+            axis: STRIDES[0] * torch.export.Dim(name)
+            for axis, name in ((2, "rows"), (3, "columns"))
+        }
     with _quiet():
         program = torch.onnx.export(
             model,
@@ -158,7 +164,7 @@ def _metadata(loaded: LoadedWeights) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter: it reports its stages on stdout, and warns of what torch itself will change."""
+    """Silence the exporter, which reports its stages and warns of what torch will change."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

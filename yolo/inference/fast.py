@@ -1,4 +1,4 @@
-"""A trained network made fast for prediction: batch normalisation folded, half precision, compiled."""
+"""A trained network made fast for prediction: fused, in half precision, compiled."""
 
 import copy
 import os
@@ -24,17 +24,22 @@ class FastModel(nn.Module):
 
     def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.network = network.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = network.to(dtype)
+        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.dtype = dtype
 
     def forward(self, images: Tensor) -> Any:
-        """Map images [B, 3, S, S], uint8 or float in [0, 1], to what the network gives, in float32."""
+        """Map images [B, 3, S, S], uint8 or in [0, 1], to the network's output in float32."""
         outputs = self.network(images_to_float(images).to(self.dtype))
-        return outputs.float() if isinstance(outputs, Tensor) else [output.float() for output in outputs]
+        return (
+            outputs.float()
+            if isinstance(outputs, Tensor)
+            else [output.float() for output in outputs]
+        )
 
 
 class FlipAveraged(nn.Module):
-    """A network that answers with the mean of what it says of an image and of its mirror image.
+    """A network whose output is the mean of those for an image and for its mirror image.
 
     Averaging the raw outputs costs one suppression, not two, and on VOC gives as good an mAP as
     suppressing the boxes of both together (0.668 and 0.667; 0.356 and 0.351 at 0.5:0.95).
@@ -53,7 +58,7 @@ class FlipAveraged(nn.Module):
 
 
 def _mean_of_mirrored(direct: Tensor, mirrored: Tensor) -> Tensor:
-    """Average raw outputs [B, A, H, W, 5 + C]: offsets and objectness as fractions, others as they are."""
+    """Average raw outputs [B, A, H, W, 5 + C]; offsets and objectness as fractions."""
     direct, mirrored = direct.float(), mirrored.float().flip(3)
     mirrored = torch.cat([-mirrored[..., :1], mirrored[..., 1:]], dim=-1)  # 1 - sigmoid(tx)
     mean = (direct + mirrored) / 2
@@ -87,7 +92,7 @@ def prepare(
 
 
 def make_fast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return a copy of a network in eval mode for prediction alone: fused, in `dtype`, channels_last."""
+    """Return a copy of a network in eval mode for prediction: fused, `dtype`, channels_last."""
     return FastModel(fuse(model), dtype).eval()
 
 
@@ -107,7 +112,7 @@ def cpu_computes_bf16() -> bool:
 
 
 def fuse(model: Network) -> Network:
-    """Return a copy in eval mode in which each convolution has absorbed the batch normalisation behind it."""
+    """Return a copy in eval mode whose convolutions have absorbed the batch norms behind them."""
     model = copy.deepcopy(model).eval()
     for module in model.modules():
         if isinstance(module, nn.Sequential):
@@ -128,10 +133,12 @@ def _fuse_pairs(layers: nn.Sequential) -> None:
 def _fuse_timm(net: nn.Module) -> nn.Module:
     """Fuse a network whose blocks keep their layers as attributes: a forward shows what feeds what.
 
-    A convolution that feeds more than its normalisation cannot be told that way, so the result is compared;
-    where it differs the network stays as it is.
+    A convolution that feeds more than its normalisation cannot be told that way, so the result is
+    compared; where it differs the network stays as it is.
     """
-    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(next(net.parameters()))
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(
+        next(net.parameters())
+    )
     expected, pairs = _watch(net, images)
     fused = copy.deepcopy(net)
     for conv_name, norm_name in pairs:
@@ -149,7 +156,7 @@ def _fuse_timm(net: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _watch(net: nn.Module, images: Tensor) -> tuple[Any, list[tuple[str, str]]]:
-    """Return what a network gives, and which normalisation takes which convolution's output as it is."""
+    """Return a network's output, and which norm takes which convolution's output as it is."""
     made: dict[int, tuple[str, Tensor]] = {}  # the tensors are kept, else another takes their place
     pairs: list[tuple[str, str]] = []
 
@@ -192,4 +199,6 @@ def require_compiler() -> None:
     wanted = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
     if not any(shutil.which(name) for name in wanted):
         names = " or ".join(wanted)
-        raise UserError(f"--compile needs a C++ compiler ({names}): install one, or leave the flag out")
+        raise UserError(
+            f"--compile needs a C++ compiler ({names}): install one, or leave the flag out"
+        )

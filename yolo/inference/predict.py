@@ -5,7 +5,7 @@ detections = Detector.load().detect("photo.jpg")
 """
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
@@ -44,7 +44,7 @@ class Detections:
     names: tuple[str, ...]  # [N] the classes of `labels`
     height: int  # of the picture
     width: int
-    index: np.ndarray  # [N] int64, each one's place among all predictions: what an explanation needs
+    index: np.ndarray  # [N] int64, places among all predictions: what explanations need
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -99,7 +99,10 @@ class Detector:
 
     @overload
     def detect(
-        self, images: Sequence[Picture], score_threshold: float = ..., iou_threshold: float | None = ...
+        self,
+        images: Sequence[Picture],
+        score_threshold: float = ...,
+        iou_threshold: float | None = ...,
     ) -> list[Detections]: ...
 
     def detect(
@@ -126,7 +129,9 @@ class Detector:
             return self.detect([images], score_threshold, iou_threshold)[0]
         found: list[Detections] = []
         for start in range(0, len(images), BATCH):
-            batch = [letterboxed(image, self.loaded.test_size) for image in images[start : start + BATCH]]
+            batch = [
+                letterboxed(image, self.loaded.test_size) for image in images[start : start + BATCH]
+            ]
             outputs = self.predict(torch.stack([one.image for one in batch]))
             sizes = [(one.height, one.width) for one in batch]
             found += self.read_outputs(outputs, sizes, score_threshold, iou_threshold)
@@ -140,7 +145,7 @@ class Detector:
         iou_threshold: float | None = None,
         max_detections: int | None = None,
     ) -> list[Detections]:
-        """Return the detections in the network's raw outputs for pictures of these (height, width)."""
+        """Return the detections in raw outputs for pictures of these (height, width)."""
         found = to_detections(
             outputs,
             self.anchors,
@@ -152,7 +157,9 @@ class Detector:
         )
         results = []
         for tensors, (height, width) in zip(found, sizes, strict=True):
-            arrays = {key: tensors[key].cpu().numpy() for key in ("boxes", "scores", "labels", "index")}
+            arrays = {
+                key: tensors[key].cpu().numpy() for key in ("boxes", "scores", "labels", "index")
+            }
             names = tuple(self.loaded.class_names[label] for label in arrays["labels"])
             results.append(Detections(**arrays, names=names, height=height, width=width))
         return results
@@ -190,7 +197,8 @@ def predict_files(
 
     Returns:
         For each picture that could be read its path as `image`, `height`, `width`, and `detections`
-        (each `class`, `score` and `box`, xyxy pixels) or `classes` (each `class` and `probability`).
+        (each `class`, `score` and `box`, xyxy pixels) or `classes` (each `class` and
+        `probability`).
     """
     answers: list[dict[str, Any]] = []
     names = dict(zip(paths, _picture_names(paths), strict=True))
@@ -199,14 +207,26 @@ def predict_files(
         if not pictures:
             continue
         if loaded.anchors is None:
+            likeliest = classify(loaded, predict, list(pictures.values()))
             keys = ("class", "probability")
-            found = classify(loaded, predict, list(pictures.values()))
-            rows = [{"classes": [dict(zip(keys, row, strict=True)) for row in best]} for best in found]
+            rows = [
+                {"classes": [dict(zip(keys, row, strict=True)) for row in one]} for one in likeliest
+            ]
         else:
             # from the files, as a test decodes them: large JPEGs at a reduced size
             detections = Detector(loaded, predict).detect(list(pictures), score_threshold)
-            _draw_pictures(pictures, detections, names, loaded.class_names, folder / "pictures")
-            rows = [{"detections": _rows(one)} for one in detections]
+            rows = []
+            for (path, picture), found in zip(pictures.items(), detections, strict=True):
+                numbers = (
+                    found.boxes,
+                    found.labels.tolist(),
+                    loaded.class_names,
+                    found.scores.tolist(),
+                )
+                save_figures({names[path]: draw_boxes(picture, *numbers)}, folder / "pictures")
+                columns = zip(found.names, found.scores.tolist(), found.boxes.tolist(), strict=True)
+                keys = ("class", "score", "box")
+                rows.append({"detections": [dict(zip(keys, row, strict=True)) for row in columns]})
         for (path, picture), row in zip(pictures.items(), rows, strict=True):
             height, width = picture.shape[:2]
             answers.append({"image": str(path), "height": height, "width": width, **row})
@@ -217,7 +237,10 @@ def write_predictions(answers: Sequence[dict[str, Any]], folder: Path) -> None:
     """Write `predictions.json` and, one line per detection or class, `predictions.csv`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "predictions.json", answers)
-    with replacing(folder / "predictions.csv") as temporary, temporary.open("w", newline="") as file:
+    with (
+        replacing(folder / "predictions.csv") as temporary,
+        temporary.open("w", newline="") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(
             ["image", "class", "probability"]
@@ -240,23 +263,6 @@ def _read_pictures(paths: Sequence[Path], log: Callable[[str], None]) -> dict[Pa
         except UserError as error:
             log(f"error: {error}")
     return pictures
-
-
-def _rows(found: Detections) -> list[dict[str, Any]]:
-    rows = zip(found.names, found.scores.tolist(), found.boxes.tolist(), strict=True)
-    return [{"class": name, "score": score, "box": box} for name, score, box in rows]
-
-
-def _draw_pictures(
-    pictures: Mapping[Path, np.ndarray],
-    detections: Sequence[Detections],
-    names: Mapping[Path, str],
-    class_names: Sequence[str],
-    folder: Path,
-) -> None:
-    for (path, picture), found in zip(pictures.items(), detections, strict=True):
-        drawn = draw_boxes(picture, found.boxes, found.labels.tolist(), class_names, found.scores.tolist())
-        save_figures({names[path]: drawn}, folder)
 
 
 def _picture_names(paths: Sequence[Path]) -> list[str]:
