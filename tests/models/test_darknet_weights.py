@@ -231,7 +231,7 @@ def test_a_classifier_for_other_classes_keeps_its_own_output_layer(tmp_path: Pat
     report = init_weights(model, tmp_path / "ten.pt")
     _assert_equal(_state(model, "classifier"), classifier)
     _assert_equal(_state(model, "layer3"), _state(source, "layer3"))
-    assert "classifier.weight, classifier.bias left out" in report.lines()[-1]
+    assert "start anew (classifier.weight, classifier.bias)" in report.lines()[-1]
 
 
 def test_unfit_torch_files_are_refused_in_one_line(tmp_path: Path) -> None:
@@ -275,6 +275,15 @@ def test_our_own_files_are_a_start(tmp_path: Path) -> None:
     _assert_equal(_state(model), _state(source))
     save_weights(tmp_path / "half.safetensors", source, Config(), ("a", "b", "c"), None, {})
     init_weights(model, tmp_path / "half.safetensors")
-    _assert_equal(
-        _state(model), {name: value.half().float() for name, value in _state(source).items()}
-    )
+    _assert_equal(_state(model), {name: value.half().float() for name, value in _state(source).items()})
+
+
+def test_a_detector_for_other_classes_keeps_where_and_whether_there_is_an_object(tmp_path: Path) -> None:
+    source, model = YoloV3(5, WIDTH), YoloV3(2, WIDTH)
+    own = _state(model)["heads.0.1.weight"].view(3, 7, -1)
+    torch.save(source.state_dict(), tmp_path / "five.pt")
+    report = init_weights(model, tmp_path / "five.pt")
+    theirs = _state(source)["heads.0.1.weight"].view(3, 10, -1)
+    now = _state(model)["heads.0.1.weight"].view(3, 7, -1)
+    assert torch.equal(now[:, :5], theirs[:, :5]) and torch.equal(now[:, 5:], own[:, 5:])
+    assert "start anew (heads.0.1.weight" in report.lines()[-1]

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from yolo.config import Config
 from yolo.errors import UsageError, UserError
+from yolo.files import find
 from yolo.models.backbones import TimmBackbone, fetch_state, fit_state
 from yolo.models.darknet_weights import darknet_convolutions, load_darknet
-from yolo.models.yolov3 import YoloV3
+from yolo.models.yolov3 import ANCHORS_PER_SCALE, YoloV3
 from yolo.runs.checkpoint import load_checkpoint
 
 OUTPUT_LAYER = re.compile(r"heads\.\d+\.1\.|classifier\.")  # its size is that of the class list
@@ -61,7 +62,7 @@ def start_weights(model: nn.Module, config: Config) -> list[str]:
     if isinstance(model, YoloV3) and wanted != "none":
         lines += load_backbone(model, wanted)
     if config.init_weights:
-        lines += init_weights(model, Path(config.init_weights)).lines()
+        lines += init_weights(model, find(Path(config.init_weights))).lines()
     return lines
 
 
@@ -154,9 +155,17 @@ def _init_from_state(model: nn.Module, path: Path, state: Mapping[str, Tensor]) 
     with torch.no_grad():
         for name in loaded:
             own[name].copy_(state[name])
+        for name in other_shape:
+            if name.startswith("heads."):  # where an object is does not depend on what it is called
+                mine, theirs = (
+                    values.view(ANCHORS_PER_SCALE, -1, *values.shape[1:]) for values in (own[name], state[name])
+                )
+                mine[:, :5] = theirs[:, :5]
     kept = [name for name in own if name not in loaded]
     unused = [name for name, value in state.items() if name not in own and value.is_floating_point()]
-    notes = [f"made for another number of classes: {', '.join(other_shape)} left out"] if other_shape else []
+    notes = []
+    if other_shape:
+        notes = [f"made for another number of classes: those outputs start anew ({', '.join(other_shape)})"]
     return LoadReport(path, loaded, kept, unused, notes)
 
 
