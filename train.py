@@ -69,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     max_seconds = parse_seconds("--max-time", args.max_time) if args.max_time else None
     if args.plan_only and plan.folder.holds_a_run:
         folder = plan.folder.path
-        raise UsageError(f"--plan-only would replace the schedule of {folder}: name another --out-dir")
+        raise UsageError(
+            f"--plan-only would replace the schedule of {folder}: name another --out-dir"
+        )
 
     # torch takes seconds to import: not before the arguments are known to be right
     from yolo.check_data import check_data
@@ -116,7 +118,9 @@ def assemble(
     from yolo.tasks.build import build_task
 
     folder, log, is_writer = plan.folder, fabric.print, fabric.is_global_zero
-    with fabric.rank_zero_first(local=True) if config.download else nullcontext():  # one process fetches
+    with (
+        fabric.rank_zero_first(local=True) if config.download else nullcontext()
+    ):  # one process fetches
         task = build_task(config, ranks_per_node(fabric, config))
     checkpoint = open_checkpoint(plan, fabric)
     if not checkpoint and not args.plan_only:
@@ -161,7 +165,9 @@ def train(
 
     if state.step >= run.end:
         if run.folder.results.exists():
-            fabric.print(f"{run.folder.path} is at its end (step {state.step}): see {run.folder.results}")
+            fabric.print(
+                f"{run.folder.path} is at its end (step {state.step}): see {run.folder.results}"
+            )
             return 0
         state.evaluation_due = True  # the last test was cut off before its results were written
     run.open()

@@ -60,7 +60,9 @@ class Settings:
     @classmethod
     def tiny(cls) -> "Settings":
         """Return settings for a CPU and a few seconds."""
-        return cls(width=0.05, size=64, batches=(2,), row_seconds=0.1, images=8, workers="0", matrix=256)
+        return cls(
+            width=0.05, size=64, batches=(2,), row_seconds=0.1, images=8, workers="0", matrix=256
+        )
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,9 @@ class Row:
     setting: str
     images_per_second: float | None = None
     milliseconds: float | None = None  # of a step or a forward pass
-    launch_milliseconds: float | None = None  # until the main process is done with its part of a step
+    launch_milliseconds: float | None = (
+        None  # until the main process is done with its part of a step
+    )
     share_of_peak: float | None = None
     memory_gib: float | None = None
     note: str = ""
@@ -92,7 +96,9 @@ class Row:
         return f"| {' | '.join([self.name, self.setting, *cells])} | {self.note} |"
 
 
-HEADER = "| row | setting | images/s | ms | launched in ms | of the peak | GiB | |\n" + "|---" * 8 + "|"
+HEADER = (
+    "| row | setting | images/s | ms | launched in ms | of the peak | GiB | |\n" + "|---" * 8 + "|"
+)
 
 
 class Table:
@@ -129,11 +135,19 @@ class Table:
         plans = [(precision, batch) for precision in precisions for batch in wanted.batches]
         for precision, batch in plans:
             step = partial(self._step, replace(detector, precision=precision), batch)
-            yield "step", f"{precision}, width {wanted.width:g}, {wanted.size} px, batch {batch}", step
+            yield (
+                "step",
+                f"{precision}, width {wanted.width:g}, {wanted.size} px, batch {batch}",
+                step,
+            )
         yield "run", f"train.py, batch {wanted.batches[0]}", partial(self._run, folder)
         yield "lite2", f"EfficientNet-Lite2, batch {2 * wanted.batches[0]}", self._lite2
         for batch in (1, wanted.batches[-1]):
-            yield "inference", f"fused, half precision, batch {batch}", partial(self._inference, batch)
+            yield (
+                "inference",
+                f"fused, half precision, batch {batch}",
+                partial(self._inference, batch),
+            )
         yield "kernels", f"{self.half}, batch {wanted.batches[0]}", partial(self._kernels, detector)
         yield "torchrun", "one rank, SyncBatchNorm", partial(self._run, folder, under_torchrun=True)
 
@@ -145,7 +159,9 @@ class Table:
         except Exception as error:
             if self.on_gpu and not isinstance(error, TimeoutError):
                 traceback.print_exc()
-            return Row(name, setting, error=f"{type(error).__name__}: {error}".splitlines()[0][:200])
+            return Row(
+                name, setting, error=f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            )
         finally:
             if self.on_gpu:
                 gc.collect()
@@ -155,8 +171,14 @@ class Table:
 
     def _write(self) -> None:
         if self.out:
-            about = {"hardware": hardware(self.device), "torch": torch.__version__, "peak_flops": self.peak}
-            self.out.write_text(json.dumps({**about, "rows": [asdict(row) for row in self.rows]}, indent=1))
+            about = {
+                "hardware": hardware(self.device),
+                "torch": torch.__version__,
+                "peak_flops": self.peak,
+            }
+            self.out.write_text(
+                json.dumps({**about, "rows": [asdict(row) for row in self.rows]}, indent=1)
+            )
 
     def _forecast(self) -> str:
         """Say how long the recipe of VOC takes, by the real run if there was one, else by the best step."""
@@ -199,7 +221,9 @@ class Table:
         batches = [assigned_batch(batch, config.img_sizes[0])]
         if self.on_gpu:
             batches = [(images.pin_memory(), targets.pin_memory()) for images, targets in batches]
-        return partial(loop.train_step, fabric, state, task, batches, lr=1e-5, beta1=0.9), state.network
+        return partial(
+            loop.train_step, fabric, state, task, batches, lr=1e-5, beta1=0.9
+        ), state.network
 
     def _lite2(self) -> dict[str, Any]:
         """Measure a light backbone, if timm is installed."""
@@ -250,12 +274,17 @@ class Table:
     def _run(self, folder: Path, under_torchrun: bool = False) -> dict[str, Any]:
         """Measure the training script itself, from its first lines of log to its last: epochs' ends count."""
         wanted, batch = self.settings, self.settings.batches[0]
-        root, seconds = wanted.data_root, min(wanted.run_seconds, self.deadline - time.monotonic() - 5)
+        root, seconds = (
+            wanted.data_root,
+            min(wanted.run_seconds, self.deadline - time.monotonic() - 5),
+        )
         if root is None:
             root = folder / "VOCdevkit"
             write_voc(root, wanted.images)
         launcher = (
-            ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"] if under_torchrun else []
+            ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+            if under_torchrun
+            else []
         )
         flags = {
             "--config": "configs/voc.yaml",
@@ -362,7 +391,9 @@ def _write_photograph(folder: Path, number: int) -> None:
         )
     size = f"<size><width>{width}</width><height>{height}</height><depth>3</depth></size>"
     name = f"<filename>{number:06d}.jpg</filename>"
-    (folder / f"Annotations/{number:06d}.xml").write_text(f"<annotation>{name}{size}{objects}</annotation>")
+    (folder / f"Annotations/{number:06d}.xml").write_text(
+        f"<annotation>{name}{size}{objects}</annotation>"
+    )
 
 
 def _flops(network: nn.Module, size: int) -> int:
@@ -378,7 +409,9 @@ def _flops(network: nn.Module, size: int) -> int:
 
 def _lines_with_times(words: list[str]) -> list[tuple[float, str]]:
     """Run a command; return what it printed, and when."""
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     try:
         assert process.stdout
         return [(time.perf_counter(), line.rstrip()) for line in process.stdout]

@@ -92,7 +92,9 @@ class _Keys(Dataset[SampleKey]):
 
 def _collate(keys: Sequence[SampleKey]) -> tuple[Tensor, list[dict[str, Tensor]]]:
     size = keys[0].img_size
-    images = torch.from_numpy(np.full((len(keys), size, size, 3), 127, np.uint8)).permute(0, 3, 1, 2)
+    images = torch.from_numpy(np.full((len(keys), size, size, 3), 127, np.uint8)).permute(
+        0, 3, 1, 2
+    )
     return images, make_targets(len(keys), size, torch.Generator().manual_seed(keys[0].index))
 
 
@@ -112,7 +114,11 @@ def _training(size: int, batch: int, workers: int) -> Any:
     steps = loop.optimizer_steps(loader, 1)
     schedule = SimpleNamespace(lr=[1e-5] * 10**6, beta1=[0.9] * 10**6, steps_per_epoch=10**6)
     run: Any = SimpleNamespace(
-        schedule=schedule, end=0, record=lambda *_: None, save_is_due=lambda _: False, last_checkpoint=None
+        schedule=schedule,
+        end=0,
+        record=lambda *_: None,
+        save_is_due=lambda _: False,
+        last_checkpoint=None,
     )
     stop: Any = SimpleNamespace(reason=None)
 

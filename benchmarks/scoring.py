@@ -23,11 +23,15 @@ def lines(images: int, detections: int, classes: int, repeats: int, compare: boo
     yield line("mAP@0.5 (sort, match, area)", lambda: ap_50(found, objects, classes), repeats)
     for factor in (2, 4):
         more, in_more = random_scenes(images * factor, detections * factor, classes)
-        yield line(f"mAP@0.5, {factor} x as many", lambda f=more, o=in_more: ap_50(f, o, classes), repeats)
+        yield line(
+            f"mAP@0.5, {factor} x as many", lambda f=more, o=in_more: ap_50(f, o, classes), repeats
+        )
     whole = lambda: average_precision(found.by_score(), objects, names)  # noqa: E731
     yield line("mAP@0.5, 11 points, 50:95 (all of a test)", whole, repeats)
     yield line(
-        "everything that evaluate.py reports", lambda: detection_report(found.by_score(), objects, names), 1
+        "everything that evaluate.py reports",
+        lambda: detection_report(found.by_score(), objects, names),
+        1,
     )
     if compare:
         yield line("torchmetrics with faster-coco-eval", lambda: theirs(found, objects), 1)
@@ -53,7 +57,9 @@ def ap_50(found: Detections, objects: Objects, classes: int) -> float:
     ordered = found.by_score()
     matches = match_voc(ordered, objects)
     totals = np.bincount(objects.labels[~objects.ignored], minlength=classes)
-    curves = (precision_recall(matches, ordered.labels == k, int(totals[k]))[0] for k in range(classes))
+    curves = (
+        precision_recall(matches, ordered.labels == k, int(totals[k]))[0] for k in range(classes)
+    )
     return float(np.mean([area_ap(*curve) for curve in curves]))
 
 
@@ -66,7 +72,9 @@ def theirs(found: Detections, objects: Objects) -> None:
     for image in range(int(objects.images.max()) + 1):
         rows = found.at(slice(*np.searchsorted(found.images, [image, image + 1])))
         truth = objects.at(slice(*np.searchsorted(objects.images, [image, image + 1])))
-        metric.update([as_tensors(rows) | {"scores": torch.from_numpy(rows.scores)}], [as_tensors(truth)])
+        metric.update(
+            [as_tensors(rows) | {"scores": torch.from_numpy(rows.scores)}], [as_tensors(truth)]
+        )
     metric.compute()
 
 
@@ -74,7 +82,9 @@ def as_tensors(items: Detections | Objects) -> dict[str, torch.Tensor]:
     return {"boxes": torch.from_numpy(items.boxes), "labels": torch.from_numpy(items.labels)}
 
 
-def random_scenes(images: int, detections: int, classes: int, seed: int = 0) -> tuple[Detections, Objects]:
+def random_scenes(
+    images: int, detections: int, classes: int, seed: int = 0
+) -> tuple[Detections, Objects]:
     """Return detections of which half lie around an object, most of these with its class."""
     rng = np.random.default_rng(seed)
     count = OBJECTS_PER_IMAGE * images

@@ -68,7 +68,11 @@ class Row:
         return f"| {self.part} | {self.setting} | {measured} | {limit} | {self.limit / self.seconds:.0%} |"
 
     def _amount(self, seconds: float) -> str:
-        return f"{self.images / seconds:.2f} images/s" if self.images > 1 else f"{seconds * 1e3:.1f} ms"
+        return (
+            f"{self.images / seconds:.2f} images/s"
+            if self.images > 1
+            else f"{seconds * 1e3:.1f} ms"
+        )
 
 
 HEADER = "| part | setting | measured | limit | ratio |\n|---|---|---|---|---|"
@@ -76,7 +80,9 @@ HEADER = "| part | setting | measured | limit | ratio |\n|---|---|---|---|---|"
 
 def machine() -> str:
     """Say where the table was made."""
-    peaks = ", ".join(f"{NAMES[dtype]} {convolution_peak(dtype) / 1e9:.0f} GFLOP/s" for dtype in PRECISION)
+    peaks = ", ".join(
+        f"{NAMES[dtype]} {convolution_peak(dtype) / 1e9:.0f} GFLOP/s" for dtype in PRECISION
+    )
     return (
         f"{hardware(torch.device('cpu'))}; torch {torch.__version__}, {torch.get_num_threads()} thread(s), "
         f"{'elapsed' if clock is time.perf_counter else 'CPU'} time; "
@@ -115,7 +121,9 @@ def convolution_peak(dtype: torch.dtype) -> float:
         x = torch.rand(8, channels, side, side, dtype=dtype).to(memory_format=torch.channels_last)
         flops = 2 * 9 * channels * 2 * channels * 8 * side**2
         with torch.inference_mode():
-            best = max(best, flops / seconds_of(lambda conv=conv, x=x: conv(x), repeats=9, warm_up=3))
+            best = max(
+                best, flops / seconds_of(lambda conv=conv, x=x: conv(x), repeats=9, warm_up=3)
+            )
     return best
 
 
@@ -183,7 +191,9 @@ def make_targets(batch: int, size: int, generator: torch.Generator) -> list[dict
 def assigned_batch(batch: int, size: int) -> tuple[Tensor, AssignedTargets]:
     """Return a batch as it comes from the loader of a training."""
     images, targets = make_batch(batch, size)
-    return images, AssignedTargets.pack(assign_targets(targets, make_anchors(COCO_ANCHORS, size), size))
+    return images, AssignedTargets.pack(
+        assign_targets(targets, make_anchors(COCO_ANCHORS, size), size)
+    )
 
 
 def make_task(config: Config, model: nn.Module | None = None) -> DetectionTask:
@@ -212,14 +222,18 @@ def training_rows(
             if compile_it and dtype != FASTEST:
                 continue
             step = _training_step(width, size, batch, precision, compile_it)
-            seconds, limit = beside_peak(step, repeats, 3 * forward_flops(width, size) * batch, dtype)
+            seconds, limit = beside_peak(
+                step, repeats, 3 * forward_flops(width, size) * batch, dtype
+            )
             form = f"{NAMES[dtype]}, compiled" if compile_it else NAMES[dtype]
             setting = f"{form}, width {width:g}, {size} px, batch {batch}"
             yield Row("training step", setting, seconds, batch, limit, "arithmetic of 3 forwards")
     yield loss_row(width, size, batch, seconds)
 
 
-def _training_step(width: float, size: int, batch: int, precision: str, compiled: bool) -> Callable[[], None]:
+def _training_step(
+    width: float, size: int, batch: int, precision: str, compiled: bool
+) -> Callable[[], None]:
     with contextlib.redirect_stderr(None):
         fabric, scaler = make_fabric(HardwareConfig(accelerator="cpu", precision=precision))  # type: ignore[arg-type]
     task = make_task(Config(width=width, img_sizes=(size,)))
@@ -246,7 +260,12 @@ def loss_row(width: float, size: int, batch: int, step_seconds: float) -> Row:
 
     seconds = seconds_of(once, repeats=9)
     share = f"{seconds / step_seconds:.1%} of the last step above"
-    return Row("assignment + loss", f"{BOXES_PER_IMAGE} boxes an image, batch {batch}", seconds, basis=share)
+    return Row(
+        "assignment + loss",
+        f"{BOXES_PER_IMAGE} boxes an image, batch {batch}",
+        seconds,
+        basis=share,
+    )
 
 
 def inference_rows(
@@ -295,7 +314,9 @@ def answer_rows(width: float, size: int) -> Iterator[Row]:
     images = make_batch(8, size)[0]
     with torch.no_grad():
         outputs = model(images)
-    for output in outputs:  # an untrained network finds nothing: let one prediction in 50 be something
+    for (
+        output
+    ) in outputs:  # an untrained network finds nothing: let one prediction in 50 be something
         output[..., 4] = torch.where(torch.rand(output.shape[:-1]) < 0.02, 2.0, -9.0)
     bytes_read = sum(output.nbytes for output in outputs)
     settings = {"score_threshold": 0.01, "iou_threshold": 0.45, "max_detections": 300}
@@ -329,7 +350,12 @@ def _map_row() -> Row:
     seconds = seconds_of(lambda: average_precision(found.by_score(), objects, names), 3)
     limit = seconds_of(lambda: np.argsort(-found.scores))
     return Row(
-        "mAP", "250,000 detections on 4,952 images, all thresholds", seconds, 1, limit, "sorting the scores"
+        "mAP",
+        "250,000 detections on 4,952 images, all thresholds",
+        seconds,
+        1,
+        limit,
+        "sorting the scores",
     )
 
 
@@ -344,12 +370,26 @@ def start_rows() -> Iterator[Row]:
         bare,
         "bare Python",
     )
-    torch_import = seconds_of(lambda: _run_python("-c", "import torch, lightning.fabric, torchvision"), 3)
+    torch_import = seconds_of(
+        lambda: _run_python("-c", "import torch, lightning.fabric, torchvision"), 3
+    )
     with tempfile.TemporaryDirectory() as folder:
-        words = ("train.py", "--config", "configs/digits_classify.yaml", "--plan-only", "--out-dir", folder)
+        words = (
+            "train.py",
+            "--config",
+            "configs/digits_classify.yaml",
+            "--plan-only",
+            "--out-dir",
+            folder,
+        )
         seconds = seconds_of(lambda: _run_python(*words), 3)
     yield Row(
-        "start", "train.py to a planned schedule", seconds, 1, torch_import, "imports of torch and Fabric"
+        "start",
+        "train.py to a planned schedule",
+        seconds,
+        1,
+        torch_import,
+        "imports of torch and Fabric",
     )
 
 

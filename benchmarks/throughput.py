@@ -45,7 +45,15 @@ def bench_loader(words: Sequence[str]) -> None:
 
     dataset = open_dataset(args, args.train_split, None)
     print(f"{dataset.name}: {len(dataset)} images, sizes {args.img_sizes}, batch {args.batch_size}")
-    names = ("mosaic_prob", "aug_flip", "aug_affine", "aug_color", "aug_blur", "aug_clahe", "aug_gray")
+    names = (
+        "mosaic_prob",
+        "aug_flip",
+        "aug_affine",
+        "aug_color",
+        "aug_blur",
+        "aug_clahe",
+        "aug_gray",
+    )
     print(", ".join(f"{name} {getattr(args, name)}" for name in names))
     print(f"{'cache':>6} {'workers':>8} {'images/s':>9} {'ms/image/worker':>16}")
     for cache in ("none", "ram"):
@@ -53,7 +61,10 @@ def bench_loader(words: Sequence[str]) -> None:
             cache_images(dataset, max(args.img_sizes), progress=False)
         for workers in (int(word) for word in args.num_workers.split(",")):
             rate = _images_per_second(_train_batches(dataset, args, workers), args.seconds)
-            print(f"{cache:>6} {workers:>8} {rate:>9.0f} {1000 * max(1, workers) / rate:>16.2f}", flush=True)
+            print(
+                f"{cache:>6} {workers:>8} {rate:>9.0f} {1000 * max(1, workers) / rate:>16.2f}",
+                flush=True,
+            )
 
 
 def _train_batches(dataset: object, args: Config, workers: int) -> Iterator[int]:
@@ -120,8 +131,12 @@ def bench_network(part: str, words: Sequence[str]) -> None:
         processes.keep_freed_memory = lambda: None
     compiled = (False, True) if args.compile else (False,)
     parts = {
-        "training": lambda: speed.training_rows(args.width, args.size, args.batch, args.repeats, compiled),
-        "inference": lambda: speed.inference_rows(args.width, args.size, (1, 8), args.repeats, args.compile),
+        "training": lambda: speed.training_rows(
+            args.width, args.size, args.batch, args.repeats, compiled
+        ),
+        "inference": lambda: speed.inference_rows(
+            args.width, args.size, (1, 8), args.repeats, args.compile
+        ),
         "answers": lambda: speed.answer_rows(args.width, args.size),
         "start": speed.start_rows,
     }
@@ -175,7 +190,9 @@ def bench_map(words: Sequence[str]) -> None:
     args = cli.parse(MapArgs, words, "Seconds and memory of scoring detections.")
     import scoring
 
-    for line in scoring.lines(args.images, args.detections, args.classes, args.repeats, args.compare):
+    for line in scoring.lines(
+        args.images, args.detections, args.classes, args.repeats, args.compare
+    ):
         print(line, flush=True)
 
 

@@ -12,7 +12,9 @@ def random_scenes(seed: int) -> tuple[Detections, Objects, int, int]:
     rng = np.random.default_rng(seed)
     num_images, num_classes = int(rng.integers(1, 6)), int(rng.integers(1, 5))
     num_objects, num_detections = int(rng.integers(0, 40)), int(rng.integers(1, 80))
-    side = int(rng.choice([12, 60, 300]))  # small sides crowd the boxes, and integers make equal overlaps
+    side = int(
+        rng.choice([12, 60, 300])
+    )  # small sides crowd the boxes, and integers make equal overlaps
 
     def boxes(count: int) -> np.ndarray:
         corner, size = rng.integers(0, side, (count, 2)), rng.integers(1, side // 2 + 2, (count, 2))
@@ -29,7 +31,9 @@ def random_scenes(seed: int) -> tuple[Detections, Objects, int, int]:
     if num_objects:
         source = rng.integers(0, num_objects, num_detections)
         near = rng.random(num_detections) < 0.7
-        shaken = objects.boxes[source] + rng.integers(-side // 12, side // 12 + 1, (num_detections, 4))
+        shaken = objects.boxes[source] + rng.integers(
+            -side // 12, side // 12 + 1, (num_detections, 4)
+        )
         shaken[:, 2:] = np.maximum(shaken[:, 2:], shaken[:, :2] + 1)
         found[near], images[near] = shaken[near], objects.images[source][near]
         same = near & (rng.random(num_detections) < 0.85)

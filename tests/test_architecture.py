@@ -57,7 +57,10 @@ def test_imports_only_go_down_and_never_sideways_between_packages(path: Path):
 
 def test_there_are_no_circles_between_files():
     files = {name_of(path): path for path in (ROOT / "yolo").rglob("*.py")}
-    graph = {name: {other for other in imports_of(path) if other in files} for name, path in files.items()}
+    graph = {
+        name: {other for other in imports_of(path) if other in files}
+        for name, path in files.items()
+    }
     done: set[str] = set()
 
     def visit(name: str, trail: tuple[str, ...]) -> None:
@@ -84,5 +87,8 @@ def test_only_one_module_imports_lightning():
 
 
 def test_every_module_of_the_package_has_a_floor():
-    parts = {part_of(name_of(path)) for path in (ROOT / "yolo").rglob("*.py")} - {"yolo", "__main__"}
+    parts = {part_of(name_of(path)) for path in (ROOT / "yolo").rglob("*.py")} - {
+        "yolo",
+        "__main__",
+    }
     assert parts == set(FLOOR_OF)

@@ -28,7 +28,9 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_flags_go_over_the_yaml_file(tmp_path):
-    file = write(tmp_path / "c.yaml", "img_sizes: [192, 224]\nmax_lr: 2e-3\nskip_bad: true\nepochs: 3\n")
+    file = write(
+        tmp_path / "c.yaml", "img_sizes: [192, 224]\nmax_lr: 2e-3\nskip_bad: true\nepochs: 3\n"
+    )
     args = cli.parse(Args, ["--epochs", "5", "--no-skip-bad"], "", file)
     assert (args.img_sizes, args.max_lr, args.epochs, args.skip_bad) == ((192, 224), 2e-3, 5, False)
 
@@ -38,7 +40,9 @@ def test_sizes_are_a_comma_list():
 
 
 def test_a_stored_configuration_reads_back_the_same(tmp_path):
-    config = Config(img_sizes=(320, 416), max_steps=7, batch_size="auto", data_root="a b", skip_bad=True)
+    config = Config(
+        img_sizes=(320, 416), max_steps=7, batch_size="auto", data_root="a b", skip_bad=True
+    )
     file = write(tmp_path / "config.yaml", yaml.safe_dump(config.to_dict()))
     assert Config.from_dict(cli.parse(Args, [], "", file).to_dict()) == config
 
@@ -125,7 +129,8 @@ def test_values_that_cannot_work_are_refused_by_their_flag(values, flag):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "test_size"), [((320, 416, 512), 416), ((192, 224, 256), 224), ((512,), 512), ((320, 352), 352)]
+    ("sizes", "test_size"),
+    [((320, 416, 512), 416), ((192, 224, 256), 224), ((512,), 512), ((320, 352), 352)],
 )
 def test_the_test_size_is_416_or_the_middle_one(sizes, test_size):
     assert Config(img_sizes=sizes).resolved_test_size == test_size
@@ -157,7 +162,9 @@ def test_anchors_are_coco_auto_or_18_numbers():
     assert anchor_sizes(",".join(map(str, range(1, 19)))) == tuple(range(1, 19))
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name
+)
 def test_every_configuration_of_the_repository_parses(file):
     assert cli.parse(Args, [], "", file).to_dict()
 
@@ -197,7 +204,9 @@ def test_a_killed_worker_is_one_line_with_the_remedy(monkeypatch, capsys):
         cli.run(main)
     assert end.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: DataLoader worker") and "--workers" in line and "--resume" in line
+    assert (
+        line.startswith("error: DataLoader worker") and "--workers" in line and "--resume" in line
+    )
 
 
 def test_a_machine_without_libgl_is_told_what_to_install(monkeypatch, capsys):

@@ -18,7 +18,9 @@ def anchors(page: Path) -> set[str]:
 
 def commands() -> list[tuple[str, str]]:
     """Every `python train.py ...` of the pages: script and flags."""
-    pattern = re.compile(r"(?:python|torchrun[^\n`]*?) (train|evaluate|gradcam|app)\.py\b([^`\n#]*)")
+    pattern = re.compile(
+        r"(?:python|torchrun[^\n`]*?) (train|evaluate|gradcam|app)\.py\b([^`\n#]*)"
+    )
     texts = (page.read_text().replace("\\\n", " ") for page in PAGES)
     return [match for text in texts for match in pattern.findall(text)]
 
@@ -43,7 +45,9 @@ def test_commands_use_flags_and_configurations_that_exist(script: str):
     for line in lines:
         unknown = set(re.findall(r"(?<=\s)--[a-z][a-z0-9-]*", line)) - known
         assert not unknown, f"{script}.py{line}: {unknown}"
-        missing = [name for name in re.findall(r"configs/\w+\.yaml", line) if not (ROOT / name).exists()]
+        missing = [
+            name for name in re.findall(r"configs/\w+\.yaml", line) if not (ROOT / name).exists()
+        ]
         assert not missing, f"{script}.py{line}: {missing}"
 
 

@@ -54,7 +54,9 @@ def logged(run: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("task", "end"), [("detection", 149), ("classification", 52)])
-def test_a_stopped_run_goes_on_with_the_losses_it_would_have_had(old: Path, task: str, end: int) -> None:
+def test_a_stopped_run_goes_on_with_the_losses_it_would_have_had(
+    old: Path, task: str, end: int
+) -> None:
     run = old / task
     before = logged(run)
     assert train.main(["--resume", str(run), "--max-steps", str(end)]) == 0

@@ -30,14 +30,18 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def python(site: Path, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Run Python in `folder`, where `yolo` can only come from the wheel."""
     env = {**os.environ, "PYTHONPATH": str(site), "COLUMNS": "100"}
-    return subprocess.run([sys.executable, *words], cwd=folder, env=env, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *words], cwd=folder, env=env, capture_output=True, text=True
+    )
 
 
 def test_the_wheel_holds_the_package_the_scripts_and_what_they_open(site: Path):
     inside = {str(path.relative_to(site)) for path in site.rglob("*") if path.is_file()}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "yolo").rglob("*.py")}
     beside = [ROOT / f"{name}.py" for name in ("train", "evaluate", "gradcam", "app")]
-    beside += [path for name in ("configs", "weights", "samples") for path in (ROOT / name).rglob("*.*")]
+    beside += [
+        path for name in ("configs", "weights", "samples") for path in (ROOT / name).rglob("*.*")
+    ]
     assert inside >= modules | {f"yolo/bundled/{path.relative_to(ROOT)}" for path in beside}
 
 
@@ -45,7 +49,9 @@ def test_the_wheel_asks_for_what_the_requirements_name(site: Path):
     metadata = next(site.glob("*.dist-info/METADATA")).read_text()
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     wanted = {line.split("#")[0].strip().replace("_", "-") for line in lines} - {""}
-    asked = {line.split(": ", 1)[1] for line in metadata.splitlines() if line.startswith("Requires-Dist")}
+    asked = {
+        line.split(": ", 1)[1] for line in metadata.splitlines() if line.startswith("Requires-Dist")
+    }
     assert asked == wanted
 
 
@@ -87,7 +93,9 @@ def test_a_file_of_the_current_folder_comes_before_the_bundled_one(tmp_path, mon
     assert find(config) == config
 
 
-@pytest.mark.parametrize("name", ["configs/none.yaml", "../yolo/train.py", "train.py", "/configs/voc.yaml"])
+@pytest.mark.parametrize(
+    "name", ["configs/none.yaml", "../yolo/train.py", "train.py", "/configs/voc.yaml"]
+)
 def test_no_other_path_is_looked_for_in_the_package(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find(Path(name)) == Path(name)

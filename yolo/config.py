@@ -22,8 +22,12 @@ def _comma_list(item: type, metavar: str) -> PrimitiveConstructorSpec[Any]:
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar=metavar,
-        instance_from_str=lambda words: tuple(item(word) for word in words[0].split(",") if word.strip()),
-        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(v, item) for v in value),
+        instance_from_str=lambda words: tuple(
+            item(word) for word in words[0].split(",") if word.strip()
+        ),
+        is_instance=lambda value: (
+            isinstance(value, tuple) and all(isinstance(v, item) for v in value)
+        ),
         str_from_instance=lambda value: [",".join(str(v) for v in value)],
     )
 
@@ -349,7 +353,9 @@ class Config(
     def to_dict(self) -> dict[str, Any]:
         """Return plain types only (sizes as lists), fit for YAML and for a checkpoint."""
         values = dataclasses.asdict(self)
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in values.items()
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

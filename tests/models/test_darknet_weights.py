@@ -275,10 +275,14 @@ def test_our_own_files_are_a_start(tmp_path: Path) -> None:
     _assert_equal(_state(model), _state(source))
     save_weights(tmp_path / "half.safetensors", source, Config(), ("a", "b", "c"), None, {})
     init_weights(model, tmp_path / "half.safetensors")
-    _assert_equal(_state(model), {name: value.half().float() for name, value in _state(source).items()})
+    _assert_equal(
+        _state(model), {name: value.half().float() for name, value in _state(source).items()}
+    )
 
 
-def test_a_detector_for_other_classes_keeps_where_and_whether_there_is_an_object(tmp_path: Path) -> None:
+def test_a_detector_for_other_classes_keeps_where_and_whether_there_is_an_object(
+    tmp_path: Path,
+) -> None:
     source, model = YoloV3(5, WIDTH), YoloV3(2, WIDTH)
     own = _state(model)["heads.0.1.weight"].view(3, 7, -1)
     torch.save(source.state_dict(), tmp_path / "five.pt")

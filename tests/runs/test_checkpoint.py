@@ -25,7 +25,12 @@ from yolo.runs.folder import list_checkpoints, step_of
 
 
 def content(step: int, value: float = 0.0) -> dict[str, Any]:
-    return {"model": {"weight": torch.full((1000,), value)}, "epoch": step // 10, "step": step, "lr": 1e-3}
+    return {
+        "model": {"weight": torch.full((1000,), value)},
+        "epoch": step // 10,
+        "step": step,
+        "lr": 1e-3,
+    }
 
 
 def save(folder: Path, step: int) -> Path:
@@ -84,13 +89,18 @@ def rewrite(path: Path, **changes: Any) -> None:
         (lambda path: path.write_bytes(b""), "damaged"),
         (lambda path: path.unlink(), "no such checkpoint"),
         (lambda path: rewrite(path, step=8), "digest"),
-        (lambda path: rewrite(path, format_version=99), "checkpoint format 99, this version reads 1"),
+        (
+            lambda path: rewrite(path, format_version=99),
+            "checkpoint format 99, this version reads 1",
+        ),
         (lambda path: torch.save({"weight": torch.ones(1)}, path), "--init-weights"),
         (lambda path: torch.save([1, 2], path), "no checkpoint of this project"),
         (lambda path: torch.save({"model": Stranger()}, path), "damaged or no checkpoint"),
     ],
 )
-def test_what_is_no_intact_checkpoint_is_one_clear_line(tmp_path: Path, harm: Any, message: str) -> None:
+def test_what_is_no_intact_checkpoint_is_one_clear_line(
+    tmp_path: Path, harm: Any, message: str
+) -> None:
     path = save(tmp_path, 7)
     harm(path)
     with pytest.raises(UserError, match=message) as caught:
@@ -161,9 +171,13 @@ def test_saving_is_due_by_steps_or_by_time(tmp_path: Path, monkeypatch: pytest.M
     assert not by_time.is_due(2)
 
 
-def test_a_run_folder_stands_for_its_best_checkpoint_and_else_for_the_newest(tmp_path: Path) -> None:
+def test_a_run_folder_stands_for_its_best_checkpoint_and_else_for_the_newest(
+    tmp_path: Path,
+) -> None:
     writer = CheckpointWriter(tmp_path / "checkpoints", "1")
-    first, second = (writer.save({"epoch": 0, "step": step, "lr": 0.1, "model": {}}) for step in (1, 2))
+    first, second = (
+        writer.save({"epoch": 0, "step": step, "lr": 0.1, "model": {}}) for step in (1, 2)
+    )
     assert resolve_checkpoint(tmp_path) == second
     writer.mark_best(first)
     assert resolve_checkpoint(str(tmp_path)) == first

@@ -15,7 +15,9 @@ def make_run(path, steps=(), results=False):
     folder.checkpoints.mkdir(parents=True)
     folder.metrics.write_text("")
     for step in steps:
-        (folder.checkpoints / f"epoch{step // 10:03d}-step{step:06d}-lr1.000e-03.ckpt").write_text("")
+        (folder.checkpoints / f"epoch{step // 10:03d}-step{step:06d}-lr1.000e-03.ckpt").write_text(
+            ""
+        )
     if results:
         folder.results.write_text("{}")
     return folder
@@ -163,7 +165,8 @@ def test_replanned_schedules_stand_beside_the_first(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0s"), (59.6, "1m00s"), (61, "1m01s"), (3599, "59m59s"), (11225, "3h07m")]
+    ("seconds", "text"),
+    [(0, "0s"), (59.6, "1m00s"), (61, "1m01s"), (3599, "59m59s"), (11225, "3h07m")],
 )
 def test_durations_are_short(seconds, text):
     assert duration(seconds) == text
@@ -171,7 +174,10 @@ def test_durations_are_short(seconds, text):
 
 def test_the_closing_table_leaves_out_what_was_not_measured():
     lines = summary_lines({"map_50": 0.5, "object_accuracy": None}, [("run folder", "runs/x")])
-    assert [line.split() for line in lines] == [["mAP@0.5", "(area)", "0.5000"], ["run", "folder", "runs/x"]]
+    assert [line.split() for line in lines] == [
+        ["mAP@0.5", "(area)", "0.5000"],
+        ["run", "folder", "runs/x"],
+    ]
 
 
 def test_progress_prints_plain_lines_where_there_is_no_terminal(capsys):

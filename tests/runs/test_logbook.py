@@ -15,10 +15,14 @@ def write(logbook: Logbook, *steps: int) -> None:
 
 
 def steps_of(run_dir: Path, kind: str) -> list[int]:
-    return [line["step"] for line in read_metrics(run_dir / "metrics.jsonl") if line["kind"] == kind]
+    return [
+        line["step"] for line in read_metrics(run_dir / "metrics.jsonl") if line["kind"] == kind
+    ]
 
 
-def test_what_was_written_after_the_checkpoint_is_cut_here_and_in_tensorboard(tmp_path: Path) -> None:
+def test_what_was_written_after_the_checkpoint_is_cut_here_and_in_tensorboard(
+    tmp_path: Path,
+) -> None:
     write(Logbook(tmp_path), 1, 2, 3, 4, 5)
     write(Logbook(tmp_path, step=3), 4, 5, 6)
     assert steps_of(tmp_path, "train") == [1, 2, 3, 4, 5, 6]

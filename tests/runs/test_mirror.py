@@ -175,7 +175,9 @@ def test_a_file_that_was_pruned_before_its_copy_is_no_failure(tmp_path: Path) ->
     assert warnings == []
 
 
-def test_a_short_upload_never_takes_the_final_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_upload_never_takes_the_final_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def half(self: LocalFileSystem, source: str, target: str, **settings: Any) -> None:
         content = Path(source).read_bytes()
         Path(target).write_bytes(content[: len(content) // 2])
@@ -217,12 +219,16 @@ def test_a_run_comes_back_on_a_fresh_machine(tmp_path: Path, url: str) -> None:
     assert fetch_run(url, "voc-1", fresh) is None  # nothing newer any more
 
 
-def test_a_fetch_that_breaks_off_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fetch_that_breaks_off_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mirrored_run(tmp_path, "flaky://bucket", "voc-1")
     fresh, get_file = tmp_path / "fresh", FlakyFileSystem.get_file
     for broken in ("schedule.txt", "epoch000-step000020-lr1.000e-03.ckpt"):
 
-        def break_off(self: Any, path: str, *rest: Any, broken: str = broken, **settings: Any) -> None:
+        def break_off(
+            self: Any, path: str, *rest: Any, broken: str = broken, **settings: Any
+        ) -> None:
             if path.endswith(broken):
                 raise ConnectionError("gone")
             get_file(self, path, *rest, **settings)
@@ -253,7 +259,9 @@ def test_local_checkpoints_that_are_newer_win(tmp_path: Path, url: str) -> None:
 
 def test_a_damaged_copy_is_reported_and_the_one_before_taken(tmp_path: Path, url: str) -> None:
     mirrored_run(tmp_path, url, "voc-1")
-    fs, newest = fsspec.core.url_to_fs(f"{url}/voc-1/checkpoints/epoch000-step000020-lr1.000e-03.ckpt")
+    fs, newest = fsspec.core.url_to_fs(
+        f"{url}/voc-1/checkpoints/epoch000-step000020-lr1.000e-03.ckpt"
+    )
     fs.pipe_file(newest, fs.cat_file(newest)[:-100])
     warnings: list[str] = []
     path = fetch_run(url, "voc-1", tmp_path / "fresh", warnings.append)
@@ -274,17 +282,24 @@ def test_the_newest_unfinished_run_of_the_configuration_is_found(tmp_path: Path,
     fs, root = fsspec.core.url_to_fs(url)
     fs.pipe_file(f"{root}/voc-20260103-000000/results.json", b"{}")
     fs.makedirs(f"{root}/voc-20260105-000000")
-    fs.pipe_file(f"{root}/voc-20260105-000000/schedule.txt", b"planned, and died before its first checkpoint")
+    fs.pipe_file(
+        f"{root}/voc-20260105-000000/schedule.txt", b"planned, and died before its first checkpoint"
+    )
     assert find_run(url, "voc") == "voc-20260102-000000"
     assert fetch_run(url, "voc-20260104-000000", tmp_path / "none") is None
 
 
-def test_an_unreadable_mirror_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_mirror_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(self: FlakyFileSystem, path: str, detail: bool = True, **settings: Any) -> list[str]:
         raise PermissionError("no\naccess")
 
     monkeypatch.setattr(FlakyFileSystem, "ls", refuse)
-    for ask in (lambda: find_run("flaky://b", "voc"), lambda: fetch_run("flaky://b", "voc-1", tmp_path)):
+    for ask in (
+        lambda: find_run("flaky://b", "voc"),
+        lambda: fetch_run("flaky://b", "voc-1", tmp_path),
+    ):
         with pytest.raises(UserError, match="cannot be read") as caught:
             ask()
         assert "\n" not in str(caught.value)

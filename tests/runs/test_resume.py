@@ -38,7 +38,9 @@ class Trainer:
     def __call__(self, *flags: str, hook: Hook = None) -> int:
         self.log.unlink(missing_ok=True)
         return train(
-            ["--config", str(self.config), "--out-dir", str(self.run_dir), *flags], self.log, hook=hook
+            ["--config", str(self.config), "--out-dir", str(self.run_dir), *flags],
+            self.log,
+            hook=hook,
         )
 
     @property
@@ -99,15 +101,24 @@ def test_kill_9_at_seeded_steps_changes_nothing(trainer: Trainer, uninterrupted:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
-def test_kill_9_at_any_step_changes_nothing(trainer: Trainer, uninterrupted: Trainer, seed: int) -> None:
+def test_kill_9_at_any_step_changes_nothing(
+    trainer: Trainer, uninterrupted: Trainer, seed: int
+) -> None:
     (step,) = seeded_steps(1, seed=100 + seed)
-    assert trainer("--save-every", str(1 + seed % 5), hook=partial(faults.kill_after_step, step)) < 0
+    assert (
+        trainer("--save-every", str(1 + seed % 5), hook=partial(faults.kill_after_step, step)) < 0
+    )
     assert trainer("--resume", "auto", "--workers", str(seed % 3)) == 0, trainer.output
     assert_same_end(trainer, uninterrupted)
 
 
 def test_kill_9_inside_a_save_loses_nothing(trainer: Trainer, uninterrupted: Trainer) -> None:
-    for moment, step, newest in (("write", 3, 0), ("fsync", 6, 3), ("rename", 9, 6), ("done", 12, 12)):
+    for moment, step, newest in (
+        ("write", 3, 0),
+        ("fsync", 6, 3),
+        ("rename", 9, 6),
+        ("done", 12, 12),
+    ):
         kill = partial(faults.kill_in_save, moment, step)
         assert trainer("--resume", "auto", hook=kill) == -signal.SIGKILL
         assert max(trainer.steps, default=0) == newest
@@ -119,7 +130,9 @@ def test_kill_9_inside_a_save_loses_nothing(trainer: Trainer, uninterrupted: Tra
 def test_signals_in_mid_epoch_save_and_exit(trainer: Trainer, uninterrupted: Trainer) -> None:
     flags = ("--save-every", "10m", "--resume", "auto")
     for number, code, step in ((signal.SIGTERM, 143, 4), (signal.SIGINT, 130, 8)):
-        assert trainer(*flags, hook=partial(faults.signal_after_step, step, number)) == code, trainer.output
+        assert trainer(*flags, hook=partial(faults.signal_after_step, step, number)) == code, (
+            trainer.output
+        )
         assert trainer.steps[-1] == step
         assert f"stopped by {number.name} at step {step} of 12" in trainer.output
     assert trainer(*flags) == 0, trainer.output
@@ -157,13 +170,17 @@ def test_a_signal_that_arrives_twice_is_one(trainer: Trainer) -> None:
 
 
 def test_a_second_signal_exits_at_once(trainer: Trainer) -> None:
-    stop = partial(faults.signal_after_step, 4, signal.SIGTERM, signal.SIGTERM, pause=SAME_SIGNAL + 0.1)
+    stop = partial(
+        faults.signal_after_step, 4, signal.SIGTERM, signal.SIGTERM, pause=SAME_SIGNAL + 0.1
+    )
     assert trainer(hook=stop) == 143
     assert trainer.steps == [3]
 
 
 def test_an_epoch_is_saved_only_if_that_is_due_or_its_test_was_the_best(trainer: Trainer) -> None:
-    assert trainer("--save-every", "10m", "--epochs", "4", "--eval-every", "100") == 0, trainer.output
+    assert trainer("--save-every", "10m", "--epochs", "4", "--eval-every", "100") == 0, (
+        trainer.output
+    )
     assert trainer.steps == [24]
     assert [line["step"] for line in trainer.metrics() if line["kind"] == "evaluation"] == [24]
 
@@ -214,7 +231,10 @@ def test_a_loss_that_stays_nan_stops_and_names_the_last_good_checkpoint(trainer:
     assert "not been finite" in trainer.error()
     assert trainer.checkpoints[-1].name in trainer.error()
     assert trainer.steps == [3]
-    assert all(value.isfinite().all() for value in load_checkpoint(trainer.checkpoints[-1])["model"].values())
+    assert all(
+        value.isfinite().all()
+        for value in load_checkpoint(trainer.checkpoints[-1])["model"].values()
+    )
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint_and_says_so(trainer: Trainer) -> None:
@@ -327,13 +347,17 @@ def test_what_does_not_fit_is_one_clear_line_and_nothing_is_lost(
     before = {path: path.read_bytes() for path in stopped.run_dir.rglob("*") if path.is_file()}
     assert stopped("--resume", str(newest), *flags) in (1, 2)
     assert message in stopped.error()
-    assert {path: path.read_bytes() for path in stopped.run_dir.rglob("*") if path.is_file()} == before
+    assert {
+        path: path.read_bytes() for path in stopped.run_dir.rglob("*") if path.is_file()
+    } == before
 
 
 def test_replan_keeps_the_position_in_the_cycle_and_the_old_file(stopped: Trainer) -> None:
     assert stopped("--resume", "auto", "--batch-size", "8", "--replan") == 0, stopped.output
     assert "global_batch 4 -> 8" in stopped.output
-    old, new = (read_schedule(stopped.run_dir / name) for name in ("schedule.txt", "schedule-2.txt"))
+    old, new = (
+        read_schedule(stopped.run_dir / name) for name in ("schedule.txt", "schedule-2.txt")
+    )
     assert new.lr[:5] == old.lr[:5]
     assert new.replanned_position == 2  # 5 of 12 steps become 2 of 6
     assert stopped.steps[-1] == len(new) == 5 + 4
@@ -351,13 +375,17 @@ def test_two_trainings_in_one_folder_are_refused(stopped: Trainer) -> None:
         before = {path: path.read_bytes() for path in stopped.run_dir.rglob("*") if path.is_file()}
         assert stopped("--resume", "auto", hook=faults.impatient) == 1
         assert "another training is at work" in stopped.error()
-        assert {path: path.read_bytes() for path in stopped.run_dir.rglob("*") if path.is_file()} == before
+        assert {
+            path: path.read_bytes() for path in stopped.run_dir.rglob("*") if path.is_file()
+        } == before
     assert stopped("--resume", "auto") == 0, stopped.output
 
 
 def test_a_disk_without_locks_is_trained_on(trainer: Trainer) -> None:
     assert trainer(hook=faults.no_locks) == 0, trainer.output
-    assert trainer("--resume", "auto", hook=faults.no_locks) == 0 and "is at its end" in trainer.output
+    assert (
+        trainer("--resume", "auto", hook=faults.no_locks) == 0 and "is at its end" in trainer.output
+    )
 
 
 def test_an_earlier_checkpoint_can_be_chosen(stopped: Trainer, uninterrupted: Trainer) -> None:
@@ -366,7 +394,9 @@ def test_an_earlier_checkpoint_can_be_chosen(stopped: Trainer, uninterrupted: Tr
     assert_same_end(stopped, uninterrupted)
 
 
-def test_the_run_goes_on_in_another_folder(stopped: Trainer, uninterrupted: Trainer, tmp_path: Path) -> None:
+def test_the_run_goes_on_in_another_folder(
+    stopped: Trainer, uninterrupted: Trainer, tmp_path: Path
+) -> None:
     other = tmp_path / "other.yaml"
     other.write_text("width: 0.1\n")  # the run's own configuration wins
     moved = Trainer(other, tmp_path / "moved")
@@ -379,7 +409,9 @@ def test_the_optimizer_follows_the_flags_of_the_later_start(stopped: Trainer) ->
     assert stopped("--resume", "auto", "--weight-decay", "0.1") == 0, stopped.output
     decayed, plain = load_checkpoint(stopped.checkpoints[-1])["optimizer"]["param_groups"]
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
-    assert "weight_decay: 0.1" in (stopped.run_dir / "config.yaml").read_text(), "and of all starts after it"
+    assert "weight_decay: 0.1" in (stopped.run_dir / "config.yaml").read_text(), (
+        "and of all starts after it"
+    )
 
 
 def test_keep_prunes_all_but_the_newest_and_the_best(trainer: Trainer) -> None:
@@ -403,10 +435,15 @@ def test_a_run_goes_on_from_its_mirror_on_a_fresh_machine(
     assert_same_end(fresh, uninterrupted)
 
 
-def test_a_dead_mirror_is_one_line_and_training_goes_on(trainer: Trainer, uninterrupted: Trainer) -> None:
+def test_a_dead_mirror_is_one_line_and_training_goes_on(
+    trainer: Trainer, uninterrupted: Trainer
+) -> None:
     trainer.config.with_name("a_file").write_text("")
     dead = trainer.config.with_name("a_file") / "folder"
-    assert trainer("--mirror", str(dead), hook=partial(faults.signal_after_step, 5, signal.SIGTERM)) == 143
+    assert (
+        trainer("--mirror", str(dead), hook=partial(faults.signal_after_step, 5, signal.SIGTERM))
+        == 143
+    )
     assert trainer.output.count("does not take files") == 1
     assert trainer("--mirror", str(dead), "--resume", "auto") == 0
     assert_same_end(trainer, uninterrupted)

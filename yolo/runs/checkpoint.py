@@ -46,7 +46,9 @@ class LoadedWeights:
     model: nn.Module  # eval mode, averaged weights
     config: ResolvedConfig
     class_names: tuple[str, ...]
-    anchors: Tensor | None  # [3, A, 2] pixels at the test size, coarse to fine; None for classification
+    anchors: (
+        Tensor | None
+    )  # [3, A, 2] pixels at the test size, coarse to fine; None for classification
     results: dict[str, Any]
     digest: str
     path: Path
@@ -97,18 +99,31 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such checkpoint")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: is damaged or no checkpoint ({first_line}); take an earlier one") from None
+        raise UserError(
+            f"{path}: is damaged or no checkpoint ({first_line}); take an earlier one"
+        ) from None
     if not isinstance(content, dict) or "format_version" not in content or "model" not in content:
-        raise UserError(f"{path}: is no checkpoint of this project; --init-weights reads other weight files")
+        raise UserError(
+            f"{path}: is no checkpoint of this project; --init-weights reads other weight files"
+        )
     if content["format_version"] != FORMAT_VERSION:
         raise UserError(
             f"{path}: has checkpoint format {content['format_version']}, this version reads "
             f"{FORMAT_VERSION}; use the version of the code that wrote it"
         )
     if content.pop("digest", None) != content_digest(content):
-        raise UserError(f"{path}: is damaged (its digest does not match its content); take an earlier one")
+        raise UserError(
+            f"{path}: is damaged (its digest does not match its content); take an earlier one"
+        )
     return content
 
 
@@ -174,8 +189,13 @@ def save_weights(
     calibration: Mapping[str, Any] | None = None,
 ) -> None:
     """Write half-precision `.safetensors` with all else as metadata."""
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    tensors = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+    weights = {
+        name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
+    }
+    tensors = {
+        name: value.half() if value.is_floating_point() else value
+        for name, value in weights.items()
+    }
     metadata = {
         "format_version": str(FORMAT_VERSION),
         "config": json.dumps(config.to_dict()),
@@ -250,7 +270,9 @@ def resolve_checkpoint(path: str | Path | None = None) -> Path:
     best = read_best(checkpoints)
     found = [best] if best and best.exists() else list_checkpoints(checkpoints)
     if not found:
-        raise UserError(f"{path}: holds no checkpoint; name a run folder, a .ckpt or a .safetensors")
+        raise UserError(
+            f"{path}: holds no checkpoint; name a run folder, a .ckpt or a .safetensors"
+        )
     return found[-1]
 
 
@@ -266,7 +288,8 @@ def load_weights(path: Path) -> LoadedWeights:
     class_names = tuple(content["classes"])
     model = build_model(config, len(class_names))
     weights = {
-        name: value.float() if value.is_floating_point() else value for name, value in content["ema"].items()
+        name: value.float() if value.is_floating_point() else value
+        for name, value in content["ema"].items()
     }
     try:
         model.load_state_dict(weights)

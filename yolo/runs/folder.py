@@ -65,7 +65,11 @@ class RunFolder:
 
     def schedules(self) -> list[Path]:
         """Return the schedule files, newest first: `schedule-3.txt`, `schedule-2.txt`, `schedule.txt`."""
-        numbered = (path for path in self.path.glob("schedule-*.txt") if path.stem.split("-", 1)[1].isdigit())
+        numbered = (
+            path
+            for path in self.path.glob("schedule-*.txt")
+            if path.stem.split("-", 1)[1].isdigit()
+        )
         replanned = sorted(numbered, key=lambda path: int(path.stem.split("-")[1]))
         return [*reversed(replanned), *([self.schedule] if self.schedule.exists() else [])]
 
@@ -97,7 +101,9 @@ class Launch:
 
     def find_folder(self, out_dir: str | None) -> RunFolder | None:
         """Return the newest folder that it has written to."""
-        places = [Path(out_dir)] if out_dir else sorted(RUNS.glob("*"), key=lambda path: path.name[-15:])
+        places = (
+            [Path(out_dir)] if out_dir else sorted(RUNS.glob("*"), key=lambda path: path.name[-15:])
+        )
         return next(filter(self.wrote, map(RunFolder, reversed(places))), None)
 
 
@@ -161,21 +167,29 @@ def _named_run(source: Path, out_dir: str | None) -> tuple[RunFolder, Path | Non
             f"--resume {source}: no such checkpoint or run folder; --resume auto looks for the newest"
         )
     if source.is_dir() and not list_checkpoints(RunFolder(source).checkpoints):
-        raise UsageError(f"--resume {source}: holds no checkpoints/; name a run folder or a checkpoint")
+        raise UsageError(
+            f"--resume {source}: holds no checkpoints/; name a run folder or a checkpoint"
+        )
     if not source.is_dir() and source.absolute().parent.name != "checkpoints" and out_dir is None:
-        raise UsageError(f"--resume {source}: lies in no run folder; say with --out-dir where to write")
+        raise UsageError(
+            f"--resume {source}: lies in no run folder; say with --out-dir where to write"
+        )
     home = RunFolder(source if source.is_dir() else source.absolute().parent.parent)
     if out_dir is None or Path(out_dir).resolve() == home.path.resolve():
         return home, None if source.is_dir() else source
     if (folder := RunFolder(Path(out_dir))).holds_a_run:
-        raise UsageError(f"--out-dir {out_dir} holds another run than --resume {source}: leave one out")
+        raise UsageError(
+            f"--out-dir {out_dir} holds another run than --resume {source}: leave one out"
+        )
     return folder, list_checkpoints(home.checkpoints)[-1] if source.is_dir() else source
 
 
 def newest_unfinished(config_name: str) -> RunFolder | None:
     """Return the newest folder of that configuration that has a checkpoint and no results yet."""
     folders = [RunFolder(path) for path in sorted(RUNS.glob(f"{config_name}-[0-9]*"), reverse=True)]
-    return next((f for f in folders if list_checkpoints(f.checkpoints) and not f.results.exists()), None)
+    return next(
+        (f for f in folders if list_checkpoints(f.checkpoints) and not f.results.exists()), None
+    )
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -115,7 +115,9 @@ def duration(seconds: float) -> str:
 def summary_lines(results: Mapping[str, Any], rows: list[tuple[str, Any]]) -> list[str]:
     """Return a closing table: the headline results that are there, then `rows`."""
     table = [
-        (title, f"{results[key]:.4f}") for key, title in HEADLINES.items() if results.get(key) is not None
+        (title, f"{results[key]:.4f}")
+        for key, title in HEADLINES.items()
+        if results.get(key) is not None
     ]
     table += [(title, str(value)) for title, value in rows]
     width = max(len(title) for title, _ in table)

@@ -17,7 +17,14 @@ from fsspec.spec import AbstractFileSystem
 from yolo.errors import UsageError, UserError
 from yolo.files import replacing
 from yolo.runs.checkpoint import load_checkpoint
-from yolo.runs.folder import CHECKPOINTS, RUNS, RunFolder, list_checkpoints, newest_unfinished, step_of
+from yolo.runs.folder import (
+    CHECKPOINTS,
+    RUNS,
+    RunFolder,
+    list_checkpoints,
+    newest_unfinished,
+    step_of,
+)
 
 LONGEST_WAIT = 60.0  # seconds between two attempts to reach a mirror that does not answer
 
@@ -72,7 +79,9 @@ class Mirror:
         with self._changed:
             left = [name for name in (self._busy, *self._pending) if name]
         if left:
-            self._warn(f"warning: not copied to {self.url}: {', '.join(left)}; the local files are complete")
+            self._warn(
+                f"warning: not copied to {self.url}: {', '.join(left)}; the local files are complete"
+            )
 
     def _request(self, name: str, file: Path | None) -> None:
         with self._changed:
@@ -88,7 +97,9 @@ class Mirror:
             except Exception as error:  # whatever a storage library raises, training goes on
                 self._report(error)
                 with self._changed:
-                    self._pending.setdefault(name, file)  # to the end, unless a newer request has come
+                    self._pending.setdefault(
+                        name, file
+                    )  # to the end, unless a newer request has come
                     self._busy = None
                     if self._closing:
                         return
@@ -193,7 +204,9 @@ def fetch_run(
     local_step = max((step_of(path) for path in list_checkpoints(folder)), default=-1)
     paths = map(folder.joinpath, _checkpoint_names(fs, remote, url))
     newer = [path for path in paths if step_of(path) > local_step]
-    for name in _names(fs, remote, url) if newer else ():  # first: what comes after a broken fetch needs them
+    for name in (
+        _names(fs, remote, url) if newer else ()
+    ):  # first: what comes after a broken fetch needs them
         if fs.isfile(f"{remote}/{name}"):
             _get(fs, f"{remote}/{name}", run_dir / name, url)
     for path in sorted(newer, key=step_of, reverse=True):

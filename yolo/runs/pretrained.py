@@ -22,7 +22,9 @@ from yolo.models.yolov3 import ANCHORS_PER_SCALE, YoloV3
 from yolo.runs.checkpoint import load_checkpoint
 
 OUTPUT_LAYER = re.compile(r"heads\.\d+\.1\.|classifier\.")  # its size is that of the class list
-WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|_forward_module\.)+")  # of DDP, torch.compile and Fabric
+WRAPPERS = re.compile(
+    r"^(module\.|_orig_mod\.|_forward_module\.)+"
+)  # of DDP, torch.compile and Fabric
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ class LoadReport:
     def lines(self) -> list[str]:
         """Return the report for people, one statement a line."""
         total = len(self.loaded) + len(self.kept)
-        lines = [f"{self.path}: {len(self.loaded)} of {total} weights loaded ({_summary(self.loaded)})"]
+        lines = [
+            f"{self.path}: {len(self.loaded)} of {total} weights loaded ({_summary(self.loaded)})"
+        ]
         if self.kept:
             lines.append(f"not in the file, left at their initial values: {_summary(self.kept)}")
         if self.unused:
@@ -119,13 +123,17 @@ def init_weights(model: nn.Module, path: Path) -> LoadReport:
 
 def _init_from_darknet(model: nn.Module, path: Path) -> LoadReport:
     if not isinstance(model, YoloV3):
-        raise UsageError(f"--init-weights {path}: Darknet's files are for the detector, not for a classifier")
+        raise UsageError(
+            f"--init-weights {path}: Darknet's files are for the detector, not for a classifier"
+        )
     if isinstance(model.backbone, TimmBackbone):
         raise UsageError(f"--init-weights {path}: Darknet's files are for --backbone darknet53")
     cut = load_darknet(model, path)
     convolutions = darknet_convolutions(model)
     present, absent = convolutions[: cut.convolutions], convolutions[cut.convolutions :]
-    left_out = [conv.name for conv in present if conv.norm is None and cut.num_classes != model.num_classes]
+    left_out = [
+        conv.name for conv in present if conv.norm is None and cut.num_classes != model.num_classes
+    ]
     notes = []
     if left_out:
         difference = f"the file has {cut.num_classes} classes, this run {model.num_classes}"
@@ -138,8 +146,12 @@ def _init_from_state(model: nn.Module, path: Path, state: Mapping[str, Tensor]) 
     own = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
     shared = [name for name in own if name in state]
     if not shared:
-        raise UserError(f"{path}: no tensor in it has a name of this network's ({next(iter(own))}, ...)")
-    theirs, ours = ({name for name in names if name.startswith("backbone.")} for names in (state, own))
+        raise UserError(
+            f"{path}: no tensor in it has a name of this network's ({next(iter(own))}, ...)"
+        )
+    theirs, ours = (
+        {name for name in names if name.startswith("backbone.")} for names in (state, own)
+    )
     if theirs and ours and not theirs & ours:
         raise UserError(
             f"{path}: has another backbone ({min(theirs)}, ...); give the --backbone that it was made with"
@@ -158,14 +170,19 @@ def _init_from_state(model: nn.Module, path: Path, state: Mapping[str, Tensor]) 
         for name in other_shape:
             if name.startswith("heads."):  # where an object is does not depend on what it is called
                 mine, theirs = (
-                    values.view(ANCHORS_PER_SCALE, -1, *values.shape[1:]) for values in (own[name], state[name])
+                    values.view(ANCHORS_PER_SCALE, -1, *values.shape[1:])
+                    for values in (own[name], state[name])
                 )
                 mine[:, :5] = theirs[:, :5]
     kept = [name for name in own if name not in loaded]
-    unused = [name for name, value in state.items() if name not in own and value.is_floating_point()]
+    unused = [
+        name for name, value in state.items() if name not in own and value.is_floating_point()
+    ]
     notes = []
     if other_shape:
-        notes = [f"made for another number of classes: those outputs start anew ({', '.join(other_shape)})"]
+        notes = [
+            f"made for another number of classes: those outputs start anew ({', '.join(other_shape)})"
+        ]
     return LoadReport(path, loaded, kept, unused, notes)
 
 
@@ -180,7 +197,11 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         content = load_checkpoint(path)["ema"]
     else:
         content = _read_torch_file(path)
-    tensors = {WRAPPERS.sub("", name): value for name, value in content.items() if isinstance(value, Tensor)}
+    tensors = {
+        WRAPPERS.sub("", name): value
+        for name, value in content.items()
+        if isinstance(value, Tensor)
+    }
     if not tensors:
         raise UserError(f"{path}: holds no named tensors")
     return tensors

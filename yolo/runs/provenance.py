@@ -27,9 +27,13 @@ def current_commit() -> str | None:
     """Return the commit of this package's checkout, with `+` when files differ; None outside of git."""
     folder = Path(__file__).parent
     try:
-        _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)  # a wheel in somebody else's project
+        _git(
+            folder, "ls-files", "--error-unmatch", Path(__file__).name
+        )  # a wheel in somebody else's project
         commit = _git(folder, "rev-parse", "--short=12", "HEAD")
-        return commit + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+        return commit + (
+            "+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
 

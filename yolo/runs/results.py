@@ -31,7 +31,9 @@ def result_record(measured: Mapping[str, Any], dataset: Any, **about: Any) -> di
     return {**measured, **about, **data, "finished": finished, **provenance()}
 
 
-def about_model(cfg: Config, split: EvalSplit, device: torch.device, processes: int) -> dict[str, Any]:
+def about_model(
+    cfg: Config, split: EvalSplit, device: torch.device, processes: int
+) -> dict[str, Any]:
     """Return how the averaged weights were tested: what they saw, at which thresholds, on which machine."""
     names = ("score_threshold", "iou_threshold", "max_detections", "nms")
     return {
@@ -59,7 +61,9 @@ def write_results(folder: RunFolder, record: Mapping[str, Any], seconds: float) 
     return "\n".join(summary_lines(record, rows))
 
 
-def write_evaluation(folder: Path, results: Mapping[str, Any], pictures: Mapping[str, np.ndarray]) -> None:
+def write_evaluation(
+    folder: Path, results: Mapping[str, Any], pictures: Mapping[str, np.ndarray]
+) -> None:
     """Write `results.json`, every figure and picture to `plots/`, and all of it as TensorBoard events."""
     write_json(folder / "results.json", results)
     images = {**evaluation_figures(results), **pictures}
@@ -83,9 +87,16 @@ def table(results: Mapping[str, Any], rows: list[tuple[str, Any]]) -> str:
         rows = [("calibration error (ECE)", f"{calibration['expected_error']:.4f}"), *rows]
     if (silent := results.get("at_no_object_98", {})).get("object_accuracy") is not None:
         at = f"objectness > {silent['threshold']:g}, no-object {silent['no_object_accuracy']:.4f}"
-        rows = [("object accuracy where no-object is 98 %", f"{silent['object_accuracy']:.4f} ({at})"), *rows]
+        rows = [
+            ("object accuracy where no-object is 98 %", f"{silent['object_accuracy']:.4f} ({at})"),
+            *rows,
+        ]
     chosen = results.get("at_chosen_threshold")
-    if chosen and chosen["object_accuracy"] is not None and chosen["no_object_accuracy"] is not None:
+    if (
+        chosen
+        and chosen["object_accuracy"] is not None
+        and chosen["no_object_accuracy"] is not None
+    ):
         accuracies = f"{chosen['no_object_accuracy']:.4f} / {chosen['object_accuracy']:.4f}"
         at = f"objectness > {chosen['threshold']:g}, chosen on other pictures"
         rows = [("no-object / object accuracy", f"{accuracies} ({at})"), *rows]

@@ -108,10 +108,14 @@ def _check_same(checkpoint: Checkpoint, task: Task) -> None:
             f"{', '.join(task.class_names)}; use the same data, or start anew with --init-weights"
         )
     if task.anchors is not None and not torch.equal(content["anchors"], task.anchors.cpu()):
-        raise UserError(f"{path}: was trained with other anchors; give the same --anchors and --test-size")
+        raise UserError(
+            f"{path}: was trained with other anchors; give the same --anchors and --test-size"
+        )
 
 
-def _stored_schedule(checkpoint: Checkpoint, folder: RunFolder, planned: Schedule) -> tuple[Path, Schedule]:
+def _stored_schedule(
+    checkpoint: Checkpoint, folder: RunFolder, planned: Schedule
+) -> tuple[Path, Schedule]:
     """Return the schedule that has the checkpoint's digest, and its file."""
     digest = checkpoint.content["schedule_digest"]
     homes = (folder, RunFolder(checkpoint.path.absolute().parent.parent))

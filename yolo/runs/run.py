@@ -92,7 +92,9 @@ class Run:
             self.plan.launch.mark(folder)
         folder.write_config(self.cfg)  # on a resume too: its flags hold from now on
         if not self.start.schedule_is_stored:
-            write_plan(self.schedule, folder.next_schedule() if resumed else folder.schedule, self.log)
+            write_plan(
+                self.schedule, folder.next_schedule() if resumed else folder.schedule, self.log
+            )
         if resumed:
             folder.results.unlink(missing_ok=True)  # they belong to an earlier end of this run
             self._mirror_remove(folder.results)
@@ -108,7 +110,9 @@ class Run:
     def record(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Write the numbers among `values` to `metrics.jsonl` and TensorBoard."""
         if self.logbook:
-            numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+            numbers = {
+                key: value for key, value in values.items() if isinstance(value, int | float)
+            }
             self.logbook.record(kind, step, numbers)
 
     def record_evaluation(self, state: Any, results: Mapping[str, Any], *, is_best: bool) -> None:
