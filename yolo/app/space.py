@@ -128,8 +128,8 @@ def _make_samples(
     if count <= 0:
         return None
     loaded = model.loaded
-    folder = brought and brought / loaded.task
-    samples = folder and read_samples(folder)
+    folder = brought / loaded.task if brought else None
+    samples = read_samples(folder) if folder else None
     fits = samples is not None and samples.class_names == loaded.class_names
     if data or not fits:
         try:

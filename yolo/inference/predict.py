@@ -225,8 +225,10 @@ def predict_files(
                 )
                 save_figures({names[path]: draw_boxes(picture, *numbers)}, folder / "pictures")
                 columns = zip(found.names, found.scores.tolist(), found.boxes.tolist(), strict=True)
-                keys = ("class", "score", "box")
-                rows.append({"detections": [dict(zip(keys, row, strict=True)) for row in columns]})
+                boxes = [
+                    {"class": name, "score": score, "box": box} for name, score, box in columns
+                ]
+                rows.append({"detections": boxes})
         for (path, picture), row in zip(pictures.items(), rows, strict=True):
             height, width = picture.shape[:2]
             answers.append({"image": str(path), "height": height, "width": width, **row})

@@ -169,11 +169,11 @@ def _init_from_state(model: nn.Module, path: Path, state: Mapping[str, Tensor]) 
             own[name].copy_(state[name])
         for name in other_shape:
             if name.startswith("heads."):  # where an object is does not depend on what it is called
-                mine, theirs = (
+                new, old = (
                     values.view(ANCHORS_PER_SCALE, -1, *values.shape[1:])
                     for values in (own[name], state[name])
                 )
-                mine[:, :5] = theirs[:, :5]
+                new[:, :5] = old[:, :5]
     kept = [name for name in own if name not in loaded]
     unused = [
         name for name, value in state.items() if name not in own and value.is_floating_point()
