@@ -74,7 +74,8 @@ def gradient(config: Config, grad_accum_steps: int) -> dict[str, torch.Tensor]:
 
 def unit_descent(network: torch.nn.Module, *_: Any, **__: Any) -> torch.optim.SGD:
     """An optimizer that only subtracts the gradient."""
-    return torch.optim.SGD([{"params": network.parameters(), "betas": (0.0, 0.0)}], lr=1.0)
+    group = {"params": network.parameters(), "betas": (0.0, 0.0), "lr_factor": 1.0}
+    return torch.optim.SGD([group], lr=1.0)
 
 
 def detect_nearly_the_truth() -> None:
