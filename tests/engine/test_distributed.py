@@ -54,7 +54,9 @@ def gradient(config: Config, grad_accum_steps: int) -> dict[str, torch.Tensor]:
     from yolo.engine import loaders, loop, state
     from yolo.tasks.build import build_task
 
-    config = dataclasses.replace(config, grad_accum_steps=grad_accum_steps, max_norm=1e9)
+    config = dataclasses.replace(
+        config, grad_accum_steps=grad_accum_steps, max_norm=1e9, img_sizes=(64,)
+    )
     fabric, _ = processes.make_fabric(config)
     torch.manual_seed(0)
     task = build_task(config)
