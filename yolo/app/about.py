@@ -124,7 +124,7 @@ def model_card(loaded: LoadedWeights, samples: SampleSet | None, model_url: str 
         f"- **Input:** {size} x {size} pixels, RGB; other pictures are {fitted}",
         f"- **Weights:** {where}; digest `{loaded.digest}`",
         f"- **Training data:** {origin}.",
-        f"- **Training:** {_training(loaded)}.",
+        f"- **Last training run:** {_training(loaded)}.",
         *_sample_lines(samples),
         "- **Limits:** it knows only its classes, and only as its training data show them. Do not "
         "use it where an error can hurt somebody.",
