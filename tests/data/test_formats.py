@@ -174,19 +174,30 @@ def test_what_is_given_and_not_used_is_counted_with_its_first_name(folder: Path)
     label.write_text("1 0.5 0.5 0.25 0.5\n" * 2 + "0 0.1 0.1 0.5 0.1 0.5 0.5\n")
     (label.parent / "c.txt").write_text("")
     image = next(path for path in folder.rglob("b.jpg") if "train" in path.parts)
-    (image.parent / "c.heic").write_bytes(b"")
+    (image.parent / "d.heic").write_bytes(b"")
     dataset = read_yolo_folder(folder, "train", None)
     assert [len(annotation.labels) for annotation in dataset.annotations] == [2, 0]
     np.testing.assert_allclose(dataset.annotation(0).boxes[1], [8, 4, 40, 20], rtol=1e-5)
     notices = "\n".join(dataset.notices)
     for words in (
         "c.txt",
-        "c.heic",
+        "d.heic",
         "b.jpg",
         "stand twice.*a.txt, line 2",
         "polygons.*a.txt, line 3",
     ):
         assert re.search(f"1 .*; the first: .*{words}|1 .*{words}", notices), words
+
+
+def test_a_file_of_another_suffix_with_labels_is_read_or_named(folder: Path):
+    image = next(path for path in folder.rglob("a.png") if "train" in path.parts)
+    image = image.rename(image.with_suffix(".heic"))
+    image.with_suffix(".json").write_text("{}")  # of another program
+    dataset = read_yolo_folder(folder, "train", None)
+    assert dataset.image_ids[0] == "a.heic" and len(dataset.annotation(0).labels) == 1
+    image.write_bytes(b"ftypheic")
+    with pytest.raises(UserError, match=r"a\.heic: is no image that can be read"):
+        read_yolo_folder(folder, "train", None)
 
 
 def test_class_names_beside_the_labels_are_found_and_others_are_mentioned(folder: Path):

@@ -28,6 +28,7 @@ from yolo.data.dataset import (
 from yolo.errors import UserError
 from yolo.files import read_text
 
+ANNOTATIONS = (".txt", ".json", ".xml")  # of any program, beside images
 Pairs = dict[str, tuple[Path, Path]]  # image and label file by image id
 Remarks = defaultdict[str, list[str]]  # where something was not used as it stands, by what it was
 
@@ -91,20 +92,24 @@ def read_yolo_folder(
 
 
 def _pairs_of_folder(images: Path, labels: Path) -> tuple[Pairs, list[str]]:
-    """Return the pairs of a folder, and what lies there that belongs to none."""
-    files = list(walk(images))
+    """Return the pairs of a folder, and what lies there that belongs to none.
+
+    A file of any other suffix (`.heic`) that has labels, and no image beside it, is their image.
+    """
+    files = sorted(walk(images))
     label_files = [path for path in (*files, *walk(labels)) if path.suffix.lower() == ".txt"]
-    pairs = {
-        (inside := path.relative_to(images)).as_posix(): (
-            path,
-            _label_file(labels / inside.with_suffix(".txt"), path),
-        )
-        for path in sorted(files)
-        if is_image(path)
-    }
+    named = {path.with_suffix("") for path in files if is_image(path)}
+    pairs: Pairs = {}
+    for path in files:
+        inside = path.relative_to(images)
+        label_file = _label_file(labels / inside.with_suffix(".txt"), path)
+        is_other = path.with_suffix("") not in named and path.suffix.lower() not in ANNOTATIONS
+        if is_image(path) or (is_other and label_file.is_file()):
+            pairs[inside.as_posix()] = path, label_file
     used = {label_file for _, label_file in pairs.values()}
     spare = [path for path in label_files if path not in used and path.name != "classes.txt"]
-    unread = [path for path in files if not is_image(path) and path not in label_files]
+    taken = {image for image, _ in pairs.values()}
+    unread = [path for path in files if path not in taken and path not in label_files]
     return pairs, [
         *notice("label files are of no image and left out", spare),
         *notice("files are no images of a kind that can be read and left out", unread),
