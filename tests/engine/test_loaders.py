@@ -7,7 +7,7 @@ import pytest
 from yolo.config import Config
 from yolo.engine.fabric import make_fabric
 from yolo.engine.loaders import check_shared_memory, make_sampler
-from yolo.errors import UsageError
+from yolo.errors import UsageError, UserError
 
 
 def test_a_batch_that_cannot_be_shared_is_refused_by_its_flag():
@@ -26,8 +26,6 @@ def test_workers_whose_batches_do_not_fit_into_shared_memory_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**6))
-    with pytest.raises(
-        UsageError, match=r"/dev/shm has 1 MB.*2 workers need up to 5 MB.*--workers"
-    ):
+    with pytest.raises(UserError, match=r"/dev/shm has 1 MB.*2 workers need up to 5 MB.*--workers"):
         check_shared_memory(2, 10**6)
     check_shared_memory(1, 10**5)

@@ -11,7 +11,7 @@ from yolo.config import Config, ResolvedConfig
 from yolo.data.samplers import MultiSizeBatchSampler
 from yolo.data.samples import init_worker
 from yolo.engine.fabric import Fabric, ranks_per_node
-from yolo.errors import UsageError
+from yolo.errors import UsageError, UserError
 from yolo.runs.provenance import available_cpus
 from yolo.tasks.base import EvalSplit, Task
 
@@ -103,7 +103,7 @@ def check_shared_memory(workers: int, batch_bytes: int, prefetched: int = 2) -> 
     shared = Path("/dev/shm")
     need = (prefetched * workers + 1) * batch_bytes
     if shared.is_dir() and need > (free := shutil.disk_usage(shared).free):
-        raise UsageError(
+        raise UserError(
             f"/dev/shm has {free / 1e6:.0f} MB of shared memory free, but the batches of {workers} "
             f"workers need up to {need / 1e6:.0f} MB: use fewer --workers (0 needs "
             "none), or enlarge /dev/shm (docker run --shm-size)"

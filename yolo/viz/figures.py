@@ -62,9 +62,7 @@ def evaluation_figures(results: Results) -> dict[str, np.ndarray]:
         "confusion_matrix": ("confusion_matrix", confusion_matrix),
         "reliability": ("calibration", reliability),
     }
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        # names in a script that the font lacks show as boxes
-        warnings.filterwarnings("ignore", "Glyph")
+    with matplotlib.rc_context(STYLE):
         return {
             name: _pixels(draw(results))
             for name, (key, draw) in drawings.items()
@@ -353,7 +351,9 @@ def _series(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], l
 def _pixels(figure: Figure) -> np.ndarray:
     figure.set_dpi(130)
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # what the font lacks is drawn as a box
+        canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
