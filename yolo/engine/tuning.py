@@ -9,6 +9,8 @@ import copy
 import dataclasses
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -124,31 +126,39 @@ def run_range_test(
     fabric: Fabric, scaler: torch.amp.GradScaler | None, task: Task, cfg: ResolvedConfig
 ) -> LrRange:
     """Train a copy of the model while the learning rate rises; stop when the loss has diverged."""
-    trial = dataclasses.replace(task, model=copy.deepcopy(task.model))
-    scaler_before = copy.deepcopy(scaler.state_dict()) if scaler else None
-    state = make_state(fabric, scaler, cfg, trial)
     rates = rising_rates(RANGE_STEPS)
     losses: list[float] = []
     progress = Progress(RANGE_STEPS, "learning-rate range test", fabric.is_global_zero)
     sampler = make_sampler(fabric, cfg, len(task.train_set))
     loader = make_train_loader(fabric, cfg, task, sampler)
     steps = optimizer_steps(loader, cfg.grad_accum_steps)
-    for lr, micro_batches in zip(rates, steps, strict=False):
-        train_step(fabric, state, trial, micro_batches, lr=lr, beta1=BETA1)
-        loss = float(sum_over_ranks(fabric, torch.stack([*state.loss_sums.values()]).sum()))
-        state.loss_sums.clear()
-        progress.update()
-        if not math.isfinite(loss) or (losses and loss > DIVERGED * min(smooth(losses))):
-            break
-        losses.append(loss)
+    with _trial_of(fabric, scaler, task, cfg) as (trial, state):
+        for lr, micro_batches in zip(rates, steps, strict=False):
+            train_step(fabric, state, trial, micro_batches, lr=lr, beta1=BETA1)
+            loss = float(sum_over_ranks(fabric, torch.stack([*state.loss_sums.values()]).sum()))
+            state.loss_sums.clear()
+            progress.update()
+            if not math.isfinite(loss) or (losses and loss > DIVERGED * min(smooth(losses))):
+                break
+            losses.append(loss)
     progress.close()
-    if scaler and scaler_before:
-        scaler.load_state_dict(scaler_before)
     if not losses:
         raise UserError(
             f"the loss is not finite even at --max-lr {LOWEST_LR}: check the data with --check-data"
         )
     return LrRange(tuple(rates[: len(losses)]), tuple(losses), tuple(smooth(losses)))
+
+
+@contextmanager
+def _trial_of(
+    fabric: Fabric, scaler: torch.amp.GradScaler | None, task: Task, cfg: ResolvedConfig
+) -> Iterator[tuple[Task, State]]:
+    """Yield a copy of the task and its state to train for a while; the scaler is put back."""
+    trial = dataclasses.replace(task, model=copy.deepcopy(task.model))
+    scaler_before = copy.deepcopy(scaler.state_dict()) if scaler else None
+    yield trial, make_state(fabric, scaler, cfg, trial)
+    if scaler and scaler_before:
+        scaler.load_state_dict(scaler_before)
 
 
 def smooth(losses: list[float]) -> list[float]:
@@ -172,13 +182,9 @@ def epochs_in_time(
     A copy of the model trains for a while; rank 0's clock counts for all.
     """
     start = time.perf_counter()
-    trial = dataclasses.replace(task, model=copy.deepcopy(task.model))
-    scaler_before = copy.deepcopy(scaler.state_dict()) if scaler else None
-    state = make_state(fabric, scaler, cfg, trial)
-    step_seconds = _seconds_of_a_step(fabric, state, trial, cfg, MEASURING_SHARE * seconds)
-    test_seconds = _seconds_of_a_test(fabric, state.ema.module, trial)
-    if scaler and scaler_before:
-        scaler.load_state_dict(scaler_before)
+    with _trial_of(fabric, scaler, task, cfg) as (trial, state):
+        step_seconds = _seconds_of_a_step(fabric, state, trial, cfg, MEASURING_SHARE * seconds)
+        test_seconds = _seconds_of_a_test(fabric, state.ema.module, trial)
     steps_per_epoch = len(make_sampler(fabric, cfg, len(task.train_set)))
     epoch_seconds = steps_per_epoch * step_seconds + test_seconds / cfg.eval_every
     fabric.print(
