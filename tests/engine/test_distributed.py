@@ -74,6 +74,32 @@ def gradient(config: Config, grad_accum_steps: int) -> dict[str, torch.Tensor]:
     return {name: before[name] - after[name] for name, _ in training.network.named_parameters()}
 
 
+def statistics(config: Config) -> dict[str, dict[str, torch.Tensor]]:
+    """Return, after a step of two micro-batches, the network's running means and variances, the
+    average's, and those that this rank's images alone would have made."""
+    from yolo.engine import fabric as processes
+    from yolo.engine import loaders, loop, state
+    from yolo.tasks.build import build_task
+
+    config = dataclasses.replace(config, grad_accum_steps=2, img_sizes=(64,))
+    fabric, _ = processes.make_fabric(config)
+    torch.manual_seed(0)
+    task = build_task(config)
+    training = state.make_state(fabric, None, config, task)
+    alone = copy.deepcopy(training.network)
+    sampler = loaders.make_sampler(fabric, config, 24)
+    loader = loaders.make_train_loader(fabric, config, task, sampler)
+    micro_batches = next(loop.optimizer_steps(loader, 2))
+    for images, _ in micro_batches:
+        alone(images)
+    loop.train_step(fabric, training, task, micro_batches, lr=0.0, beta1=0.9)
+    networks = {"network": training.network, "average": training.ema.module, "alone": alone}
+    return {
+        name: {k: v for k, v in network.state_dict().items() if "running" in k}
+        for name, network in networks.items()
+    }
+
+
 def unit_descent(network: torch.nn.Module, *_: Any, **__: Any) -> torch.optim.SGD:
     """An optimizer that only subtracts the gradient."""
     group = {"params": network.parameters(), "betas": (0.0, 0.0), "lr_factor": 1.0}
@@ -120,7 +146,7 @@ def evaluation(config: Config) -> dict[str, Any]:
 
 def probe(config: Config, path: Path) -> None:
     """Compute everything that must not depend on the number of ranks; each rank saves its own."""
-    found: dict[str, Any] = {"evaluation": evaluation(config)}
+    found: dict[str, Any] = {"evaluation": evaluation(config), "statistics": statistics(config)}
     for grad_accum_steps in (1, 2):
         found[f"gradient_{grad_accum_steps}"] = gradient(config, grad_accum_steps)
     torch.save(found, path)
@@ -155,6 +181,18 @@ def test_the_gradient_is_the_same_on_one_rank_and_on_two(
             torch.testing.assert_close(
                 value, expected[name], rtol=1e-6, atol=1e-9 * largest, msg=name
             )
+
+
+def test_running_statistics_are_the_mean_of_both_ranks_and_equal_on_both(
+    probes: list[dict[str, Any]],
+) -> None:
+    first, second = (found["statistics"] for found in probes[1:])
+    for name, value in first["alone"].items():
+        assert not torch.allclose(value, second["alone"][name])
+        mean = (value + second["alone"][name]) / 2
+        torch.testing.assert_close(first["network"][name], mean, rtol=1e-5, atol=1e-7)
+        assert torch.equal(first["network"][name], second["network"][name])
+        assert torch.equal(first["average"][name], second["average"][name])
 
 
 def test_two_ranks_test_each_image_once_and_find_exactly_what_one_rank_finds(

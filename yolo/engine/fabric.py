@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision
+from lightning.fabric.strategies import DDPStrategy
 from torch import Tensor
 
 from yolo.config import HardwareConfig
@@ -33,10 +34,13 @@ def make_fabric(cfg: HardwareConfig) -> tuple[Fabric, torch.amp.GradScaler | Non
     scaler = torch.amp.GradScaler(device) if precision == "16-mixed" else None
     plugins = [MixedPrecision("16-mixed", device, scaler=scaler)] if scaler else None
     devices, num_nodes = world(cfg)
+    several = num_nodes * (torch.cuda.device_count() if devices == "auto" else int(devices)) > 1
     fabric = Fabric(
         accelerator=device,
         devices=devices,
         num_nodes=num_nodes,
+        # of the statistics DDP would keep rank 0's alone: `average_over_ranks` takes all of them
+        strategy=DDPStrategy(broadcast_buffers=False) if several else "auto",
         precision=None if plugins else precision,  # type: ignore[arg-type]
         plugins=plugins,  # type: ignore[arg-type]
     )
@@ -92,6 +96,15 @@ def sum_over_ranks(fabric: Fabric, values: Tensor) -> Tensor:
     if fabric.world_size > 1:
         dist.all_reduce(values)
     return values
+
+
+def average_over_ranks(fabric: Fabric, values: list[Tensor]) -> None:
+    """Let each tensor, in place, be its mean over all ranks: one collective for all of them."""
+    if fabric.world_size > 1 and values:
+        flat = torch.cat([value.flatten() for value in values])
+        means = sum_over_ranks(fabric, flat).div_(fabric.world_size)
+        parts = means.split([value.numel() for value in values])
+        torch._foreach_copy_(values, [p.view_as(v) for p, v in zip(parts, values, strict=True)])
 
 
 def gather(fabric: Fabric, value: Any) -> list[Any]:

@@ -6,11 +6,17 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from yolo.engine.fabric import Fabric, agree, agreed_reason, gather, sum_over_ranks
+from yolo.engine.fabric import (
+    Fabric,
+    agree,
+    agreed_reason,
+    average_over_ranks,
+    gather,
+    sum_over_ranks,
+)
 from yolo.engine.meter import Meter
 from yolo.engine.state import State, freeze_backbone
 from yolo.engine.stopping import StopRequest
@@ -60,6 +66,7 @@ def train_step(
     nn.utils.clip_grad_norm_(state.parameters, task.config.max_norm, foreach=True)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
+    average_over_ranks(fabric, state.statistics())
     state.ema.update(state.step)
     state.bad_steps = torch.where(finite, 0, state.bad_steps + 1)
     state.step += 1
@@ -176,9 +183,6 @@ def evaluate(
         full: also measure what is slow (mAP).
         stop: lets a signal end the test early.
     """
-    for buffer in model.buffers() if fabric.world_size > 1 else ():
-        # each rank averaged the batch statistics that it saw; rank 0's are saved
-        dist.broadcast(buffer, 0)
     metrics = split.metrics(full=full)
     progress = Progress(len(loader), "test", fabric.is_global_zero)
     # of all ranks

@@ -38,6 +38,13 @@ class State:
     def __post_init__(self) -> None:
         """List the parameters once: finding them at each step takes a millisecond."""
         self.parameters = list(self.network.parameters())
+        modules: list[Any] = list(self.network.modules())
+        self.norms = [norm for norm in modules if getattr(norm, "running_mean", None) is not None]
+
+    def statistics(self) -> list[Tensor]:
+        """Return the running means and variances that a step changes: not those of a frozen part."""
+        norms = [norm for norm in self.norms if norm.training]
+        return [value for norm in norms for value in (norm.running_mean, norm.running_var)]
 
     def add_losses(self, names: Sequence[str], terms: Tensor) -> None:
         """Add the terms [T] of one micro-batch to the sums since the last log line."""
