@@ -248,7 +248,8 @@ def score_files(args: EvaluateArgs) -> int:
 
     cfg = args.over(Config(dataset="voc", classes=args.classes))
     dataset = open_dataset(cfg, cfg.split, named_classes(cfg))
-    detections = read_detections(Path(args.detections or ""), dataset)
+    split, log = cfg.split.split(":")[-1], dataset.notices.append
+    detections = read_detections(Path(args.detections or ""), dataset, split, log)
     objects = load_objects(dataset, range(len(dataset)))
     about = {"detections": args.detections}
     report(args, {"image_count": len(dataset)}, about, dataset, {}, detections, objects)

@@ -107,15 +107,13 @@ def check_detections(detections: Detections, dataset: AnnotatedImages) -> None:
     """Refuse detections that cannot be scored.
 
     Raises:
-        UserError: for NaN or inverted boxes, scores outside [0, 1], unknown classes; names one.
+        UserError: for boxes that are not finite, scores that are no number, unknown classes; names
+            one. A box whose edges are exchanged overlaps nothing, and any order is one of scores.
     """
     boxes = detections.boxes
     problems = {
         "a box that is not finite": ~np.isfinite(boxes).all(1),
-        "a box whose right or bottom edge lies before its left or top edge": np.any(
-            boxes[:, 2:] < boxes[:, :2], axis=1
-        ),
-        "a score outside 0 to 1": ~((detections.scores >= 0) & (detections.scores <= 1)),
+        "a score that is no number": np.isnan(detections.scores),
         "an unknown class": ~np.isin(detections.labels, np.arange(len(dataset.class_names))),
     }
     for problem, rows in problems.items():
@@ -278,5 +276,5 @@ def _sampled_ap(precision: np.ndarray, recall: np.ndarray, at: np.ndarray) -> fl
 
 
 def _outside(boxes: np.ndarray, area_range: tuple[float, float]) -> np.ndarray:
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    area = (boxes[:, 2:] - boxes[:, :2]).clip(min=0).prod(1)  # exchanged edges: nothing, but wrong
     return (area < area_range[0]) | (area > area_range[1])

@@ -29,11 +29,12 @@ def detection_report(
     Returns:
         What `average_precision` returns, and beside it `by_size`, `errors` (see `error_budget`),
         `precision_recall` (per class, the best precision at 101 recalls), `confusion_matrix` and
-        `shown` (at `SHOWN_SCORE`), and `calibration`.
+        `shown` (at `SHOWN_SCORE`), and `calibration`, None where scores are no probabilities.
     """
     matches = match_voc(detections, objects, strict=matching == "devkit")
     errors = find_errors(detections, objects, matches)
     counted = ~matches.ignored[0]
+    probable = bool(((detections.scores >= 0) & (detections.scores <= 1)).all())
     shown = detections.at(detections.scores >= SHOWN_SCORE)
     return {
         **average_precision(detections, objects, class_names, matching),
@@ -42,7 +43,9 @@ def detection_report(
         "precision_recall": _curves(detections, objects, matches, class_names),
         "confusion_matrix": confusion_matrix(shown, objects, len(class_names)).tolist(),
         "shown": _operating_point(detections, objects, matches),
-        "calibration": calibration(detections.scores[counted], matches.right[0][counted]),
+        "calibration": calibration(detections.scores[counted], matches.right[0][counted])
+        if probable
+        else None,
     }
 
 

@@ -43,7 +43,7 @@ def error_grids(
     for row in worst_false_positives(errors, GRID_PICTURES):
         one = detections.at(np.array([row]))
         name, image = dataset.class_names[one.labels[0]], int(one.images[0])
-        caption = f"{name} ({one.scores[0]:.0%}): {KINDS[errors.kinds[row]]}"
+        caption = f"{name} ({_score(one.scores[0])}): {KINDS[errors.kinds[row]]}"
         if errors.kinds[row] == CLASSIFICATION:
             caption += f", is {dataset.class_names[objects.labels[errors.targets[row]]]}"
         caption += f"\nimage {dataset.image_ids[image]}"
@@ -77,7 +77,11 @@ def _nearest(detections: Detections, box: np.ndarray, dataset: DetectionDataset)
         return "nothing"
     best = int(iou.argmax())
     name = dataset.class_names[detections.labels[best]]
-    return f"{name} ({detections.scores[best]:.0%}, IoU {iou[best]:.2f})"
+    return f"{name} ({_score(detections.scores[best])}, IoU {iou[best]:.2f})"
+
+
+def _score(score: float) -> str:
+    return f"{score:.0%}" if 0 <= score <= 1 else f"score {score:.3g}"
 
 
 def _tile(
@@ -97,7 +101,10 @@ def _tile(
     tile = cv2.resize(image[top:bottom, left:right], size, interpolation=smooth)
     for items, color in ((objects, TRUE), (detections, FOUND)):
         for box in items.boxes[items.images == image_index]:
-            corners = ((box * scale - [left, top] * 2) * zoom).round().astype(int).tolist()
+            corners = ((box * scale - [left, top] * 2) * zoom).round()
+            corners = (
+                corners.clip(-TILE, 2 * TILE).astype(int).tolist()
+            )  # OpenCV wants small numbers
             thickness = 2 if np.array_equal(box, focus) else 1
             cv2.rectangle(tile, corners[:2], corners[2:], color, thickness, cv2.LINE_AA)
     right_of_image, below_image = TILE - size[0], TILE - size[1]
