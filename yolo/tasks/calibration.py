@@ -60,8 +60,8 @@ class CalibrationData:
                 probs[i, index, labels],
                 torch.bucketize(index.cpu(), ends, right=True),
             )
-            rows = [column.cpu().double().view(len(labels), -1) for column in columns]
-            self._rows = np.concatenate([self._rows, torch.cat(rows, dim=1).numpy()])
+            rows = [column.cpu().double().numpy() for column in columns]
+            self._rows = np.concatenate([self._rows, np.column_stack(rows)])
 
     def state(self) -> dict[str, Any]:
         """Return this rank's detections."""
