@@ -4,15 +4,19 @@ python evaluate.py --checkpoint runs/digits-...                 # table, plots, 
 python evaluate.py --checkpoint C --data-root VOCdevkit --split 2007:test
 python evaluate.py --checkpoint C --write-detections DIR        # as comp4_det_<split>_<class>.txt
 python evaluate.py --detections DIR --data-root VOCdevkit --split 2007:test --matching devkit
-python evaluate.py --checkpoint C --images PATH|DIR|GLOB        # annotated pictures, JSON and CSV
+python evaluate.py --images photo.jpg                           # the newest run's model, or ours
+python evaluate.py --images DIR|GLOB|URL|film.mp4|webcam:0      # boxes drawn, JSON, CSV or mp4
+python evaluate.py --images DIR --write-labels yolo             # a start for labelling the next
 python evaluate.py --checkpoint C --split 2007:val --calibrate  # C-calibrated.safetensors beside it
 python evaluate.py --checkpoint C --export model.onnx           # or model.safetensors
 """
 
 import dataclasses
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
@@ -24,6 +28,8 @@ if TYPE_CHECKING:
     import numpy as np
     from lightning.fabric import Fabric
 
+    from yolo.inference.predict import Detector
+    from yolo.inference.sources import Video
     from yolo.metrics.matching import Detections, Objects
     from yolo.runs.checkpoint import LoadedWeights
 
@@ -40,7 +46,11 @@ class EvaluateArgs(HardwareConfig):
     detections: str | None = None
     """Instead of a checkpoint: a folder of any detector's `comp4_det_<split>_<class>.txt`."""
     images: str | None = None
-    """Predict instead of measure: a picture, a folder of pictures, or a glob in quotes."""
+    """Predict instead of measure: a picture, a folder of pictures, a glob in quotes, a video file,
+    `webcam:0`, or the address of a picture, video or camera. Without --checkpoint by the best
+    weights of the newest run, else by the bundled ones."""
+    write_labels: Literal["yolo", "voc", "coco"] | None = None
+    """With --images: write what was found as label files too, to be corrected and trained on."""
     dataset: Literal["digits", "voc", "csv", "yolo", "cifar10", "images"] | None = None
     """Layout of the data. With --detections: `voc` by default."""
     data_root: str | None = None
@@ -85,10 +95,15 @@ class EvaluateArgs(HardwareConfig):
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself."""
-        if (self.checkpoint is None) == (self.detections is None):
+        if self.checkpoint and self.detections or not (
+            self.checkpoint or self.detections or self.images
+        ):
             raise UsageError(
-                "give --checkpoint FILE, or --detections DIR to score somebody's files"
+                "give --checkpoint FILE to measure it, --images SOURCE to predict, or "
+                "--detections DIR to score somebody's files"
             )
+        if self.write_labels and not self.images:
+            raise UsageError("--write-labels writes what is found on pictures: give --images")
         if self.detections and (self.images or self.mosaic or self.write_detections or self.export):
             raise UsageError(
                 "--detections is scored as it is: --images, --mosaic, --write-detections and "
@@ -119,8 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return score_files(args)
 
     from yolo.runs.checkpoint import load_weights, resolve_checkpoint
+    from yolo.runs.folder import newest_run
 
-    loaded = load_weights(resolve_checkpoint(args.checkpoint))
+    loaded = load_weights(resolve_checkpoint(args.checkpoint or newest_run()))
     if args.export:
         from yolo.inference.export import export
 
@@ -289,36 +305,69 @@ def report(
 
 
 def predict_pictures(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
-    """Let the model answer about pictures; return 1 if some could not be read."""
-    from yolo.data.images import list_pictures
+    """Let the model answer about pictures or a video; return 1 if some could not be read."""
+    from yolo.data.labels import write_labels
     from yolo.engine import loop
     from yolo.engine.fabric import make_fabric
     from yolo.inference.fast import FlipAveraged, prepare
-    from yolo.inference.predict import predict_files, write_predictions
+    from yolo.inference.predict import Detector, picture_names, predict_files, write_predictions
+    from yolo.inference.sources import Video, open_source
     from yolo.metrics.report import SHOWN_SCORE
 
-    paths = list_pictures(args.images or "")
+    if loaded.anchors is None and args.write_labels:
+        raise UsageError(f"--write-labels needs a detector; {loaded.path} is a classifier")
     # one process: several would write the same files
     cfg = dataclasses.replace(args.over(loaded.config), devices=1, num_nodes=1)
     fabric, _ = make_fabric(cfg)
     if not fabric.is_global_zero:  # torchrun's number of processes wins
         return 0
+    folder = output_folder(args, "predictions", loaded.path)
+    source = open_source(args.images or "", folder / "downloads")
+    print(f"weights: {loaded.path}")
     model = prepare(loaded.model, fabric.device, fast=args.fast, compiled=args.compile)
     if args.tta == "flip":
         model = FlipAveraged(model)
+    predict = partial(loop.predict, fabric, model)
+    loaded = dataclasses.replace(loaded, config=cfg)
     threshold = SHOWN_SCORE if args.score_threshold is None else args.score_threshold
-    folder = output_folder(args, "predictions", loaded.path)
-    answers = predict_files(
-        dataclasses.replace(loaded, config=cfg),
-        lambda images: loop.predict(fabric, model, images),
-        paths,
-        folder,
-        print,
-        threshold,
-    )
+    if isinstance(source, Video):
+        return predict_film(args, Detector(loaded, predict), source, folder, threshold)
+    start = time.perf_counter()
+    answers = predict_files(loaded, predict, source, folder, print, threshold)
+    seconds = time.perf_counter() - start
     write_predictions(answers, folder)
-    print(f"{len(answers)} of {len(paths)} pictures: see {folder}")
-    return 0 if len(answers) == len(paths) else 1
+    if args.write_labels:
+        names = dict(zip(map(str, source), picture_names(source), strict=True))
+        named = {names[answer["image"]]: answer for answer in answers}
+        print(f"labels: {write_labels(folder, args.write_labels, named, loaded.class_names)}")
+    speed = f"{seconds:.1f} s, {len(answers) / seconds:.1f} a second"
+    print(f"{len(answers)} of {len(source)} pictures ({speed}): see {folder}")
+    return 0 if len(answers) == len(source) else 1
+
+
+def predict_film(
+    args: EvaluateArgs, detector: "Detector", video: "Video", folder: Path, threshold: float
+) -> int:
+    """Let the model answer about a video until it ends or Ctrl-C; return the exit code."""
+    from yolo.data.labels import write_labels
+    from yolo.engine.stopping import EXIT_CODES, StopRequest
+    from yolo.inference.video import predict_video
+
+    request = StopRequest()
+    start = time.perf_counter()
+    images = folder / "images" if args.write_labels else None
+    frames = predict_video(
+        detector, video, folder, threshold, stop=lambda: request.reason is not None, images=images
+    )
+    seconds = time.perf_counter() - start
+    if args.write_labels:
+        lines = map(json.loads, (folder / "predictions.jsonl").read_text().splitlines())
+        named = {Path(line["image"]).stem: line for line in lines}
+        names = detector.loaded.class_names
+        print(f"labels: {write_labels(folder, args.write_labels, named, names)}")
+    speed = f"{seconds:.1f} s, {frames / seconds:.1f} a second"
+    print(f"{frames} frames ({speed}): see {folder / video.name}.mp4")
+    return EXIT_CODES[request.reason] if request.reason else 0
 
 
 def output_folder(args: EvaluateArgs, kind: str, checkpoint: Path = Path()) -> Path:

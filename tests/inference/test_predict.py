@@ -16,7 +16,7 @@ from yolo.config import Config
 from yolo.data.images import letterboxed
 from yolo.data.sources import open_dataset
 from yolo.errors import UsageError, UserError
-from yolo.inference.predict import Detector, _picture_names, predict_files
+from yolo.inference.predict import Detector, picture_names, predict_files
 from yolo.models.resnet import ResNet
 from yolo.runs.checkpoint import LoadedWeights, resolve_checkpoint
 from yolo.tasks.detection import DetectionSplit
@@ -38,7 +38,7 @@ def detector(loaded: LoadedWeights) -> Detector:
 
 def test_pictures_of_one_name_are_written_side_by_side():
     paths = [Path("a-2.png"), Path("a.jpg"), Path("a.png"), Path("b/a.png")]
-    assert _picture_names(paths) == ["a-2", "a", "a-3", "a-4"]
+    assert picture_names(paths) == ["a-2", "a", "a-3", "a-4"]
 
 
 def noise(height: int, width: int) -> np.ndarray:
@@ -138,3 +138,21 @@ def test_without_a_path_the_bundled_detector_is_loaded_and_finds_the_cat():
 def test_the_package_names_its_detector_without_importing_torch():
     code = "import sys, yolo; assert 'Detector' in yolo.__all__ and 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(yolo.__file__).parents[1])
+
+
+def test_detections_become_those_of_supervision(detector: Detector) -> None:
+    supervision = pytest.importorskip("supervision")
+    found = detector.detect(noise(50, 90), 0.2)
+    same = found.to_supervision()
+    assert isinstance(same, supervision.Detections) and len(same) == len(found)
+    assert (same.xyxy == found.boxes).all() and (same.confidence == found.scores).all()
+    assert tuple(same.data["class_name"]) == found.names
+    assert len(detector.detect(noise(50, 90), 1.0).to_supervision()) == 0
+
+
+def test_without_supervision_one_line_says_what_to_install(
+    detector: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(UserError, match="pip install supervision"):
+        detector.detect(noise(50, 90), 0.2).to_supervision()

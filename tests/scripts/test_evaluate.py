@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from yolo.metrics.average_precision import load_objects
 from yolo.metrics.matching import Detections
 from yolo.models.yolov3 import YoloV3, make_anchors
 from yolo.runs.checkpoint import load_weights, save_weights
+from yolo.runs.folder import newest_run
 from yolo.viz.draw import class_color, draw_boxes
 from yolo.viz.error_grids import error_grids
 from yolo.viz.figures import plot_curves
@@ -192,11 +194,39 @@ def test_a_picture_that_cannot_be_read_costs_a_line_and_not_the_others(
     assert len(json.loads((tmp_path / "predictions.json").read_text())) == 1
 
 
+def test_pictures_are_answered_by_the_newest_run_and_become_labels(
+    weights: Path,
+    tiny_digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert newest_run() is None  # and so the bundled weights are used
+    for number, name in enumerate(("old", "new")):
+        file = tmp_path / "runs" / name / "checkpoints" / "epoch001-step000001-lr1.000e-03.ckpt"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"")
+        os.utime(file, (number, number))
+    assert newest_run() == Path("runs/new")
+    monkeypatch.setattr("yolo.runs.checkpoint.resolve_checkpoint", {Path("runs/new"): weights}.get)
+    images = str(tiny_digits / "JPEGImages" / "test_0000*")
+    words = ["--images", images, "--out-dir", str(tmp_path / "out"), "--write-labels", "yolo"]
+    assert evaluate.main([*words, *CPU]) == 0
+    answers = json.loads((tmp_path / "out/predictions.json").read_text())
+    for answer in answers:
+        lines = (tmp_path / "out/labels" / f"{Path(answer['image']).stem}.txt").read_text()
+        assert len(lines.splitlines()) == len(answer["detections"])
+    printed = capsys.readouterr().out
+    assert str(weights) in printed and "a second" in printed
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "give --checkpoint FILE, or --detections DIR"),
-        (["--checkpoint", "a", "--detections", "b"], "give --checkpoint FILE, or --detections DIR"),
+        ([], "give --checkpoint FILE to measure it, --images SOURCE to predict"),
+        (["--checkpoint", "a", "--detections", "b"], "give --checkpoint FILE"),
+        (["--checkpoint", "a", "--write-labels", "yolo"], "give --images"),
         (["--detections", "a", "--images", "b"], "scored as it is"),
         (["--checkpoint", "a", "--mosaic", "--write-detections", "b"], "needs whole images"),
         (["--checkpoint", "a", "--calibrate"], "needs --split"),

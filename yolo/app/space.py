@@ -22,7 +22,7 @@ from yolo.runs.checkpoint import load_weights, publish_weights
 
 # What app.py imports; gradio comes with the Space, in the version that its front matter names.
 PACKAGES = (
-    "torch", "torchvision", "gradio", "grad-cam", "opencv-python", "albumentations", "numpy",
+    "torch", "torchvision", "gradio", "grad-cam", "av", "opencv-python", "albumentations", "numpy",
     "pillow", "safetensors", "scikit-learn", "matplotlib", "defusedxml", "tyro", "pyyaml", "tqdm",
     "huggingface-hub",
 )  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any, overload
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from yolo.data.dataset import read_rgb
 from yolo.data.images import letterboxed
@@ -48,6 +49,29 @@ class Detections:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def record(self) -> dict[str, Any]:
+        """Return plain types: `height`, `width`, and `detections`: `class`, `score` and `box`."""
+        rows = zip(self.names, self.scores.tolist(), self.boxes.tolist(), strict=True)
+        detections = [{"class": name, "score": score, "box": box} for name, score, box in rows]
+        return {"height": self.height, "width": self.width, "detections": detections}
+
+    def to_supervision(self) -> Any:
+        """Return them as `supervision.Detections`, with `class_name` among its data.
+
+        Raises:
+            UserError: if that package is not installed.
+        """
+        try:
+            import supervision
+        except ImportError:
+            raise UserError("to_supervision() needs: pip install supervision") from None
+        return supervision.Detections(
+            xyxy=self.boxes,
+            confidence=self.scores,
+            class_id=self.labels,
+            data={"class_name": np.array(self.names, dtype=str)},
+        )
 
 
 class Detector:
@@ -201,8 +225,9 @@ def predict_files(
         `probability`).
     """
     answers: list[dict[str, Any]] = []
-    names = dict(zip(paths, _picture_names(paths), strict=True))
-    for start in range(0, len(paths), BATCH):
+    names = dict(zip(paths, picture_names(paths), strict=True))
+    starts = range(0, len(paths), BATCH)
+    for start in tqdm(starts, "predict", unit="batch", leave=False, disable=None):
         pictures = _read_pictures(paths[start : start + BATCH], log)
         if not pictures:
             continue
@@ -215,20 +240,12 @@ def predict_files(
         else:
             # from the files, as a test decodes them: large JPEGs at a reduced size
             detections = Detector(loaded, predict).detect(list(pictures), score_threshold)
-            rows = []
+            rows = [found.record() for found in detections]
             for (path, picture), found in zip(pictures.items(), detections, strict=True):
-                numbers = (
-                    found.boxes,
-                    found.labels.tolist(),
-                    loaded.class_names,
-                    found.scores.tolist(),
+                drawn = draw_boxes(
+                    picture, found.boxes, found.labels.tolist(), loaded.class_names, found.scores
                 )
-                save_figures({names[path]: draw_boxes(picture, *numbers)}, folder / "pictures")
-                columns = zip(found.names, found.scores.tolist(), found.boxes.tolist(), strict=True)
-                boxes = [
-                    {"class": name, "score": score, "box": box} for name, score, box in columns
-                ]
-                rows.append({"detections": boxes})
+                save_figures({names[path]: drawn}, folder / "pictures")
         for (path, picture), row in zip(pictures.items(), rows, strict=True):
             height, width = picture.shape[:2]
             answers.append({"image": str(path), "height": height, "width": width, **row})
@@ -267,7 +284,7 @@ def _read_pictures(paths: Sequence[Path], log: Callable[[str], None]) -> dict[Pa
     return pictures
 
 
-def _picture_names(paths: Sequence[Path]) -> list[str]:
+def picture_names(paths: Sequence[Path]) -> list[str]:
     """Return the files' names without suffix, numbered where one is taken already."""
     names: dict[str, None] = {}  # in their order
     for path in paths:

@@ -192,6 +192,12 @@ def newest_unfinished(config_name: str) -> RunFolder | None:
     )
 
 
+def newest_run() -> Path | None:
+    """Return the run folder under `runs/` that was saved to last, if there is one."""
+    files = max(RUNS.glob(f"*/checkpoints/{CHECKPOINTS}"), key=lambda p: p.stat().st_mtime, default=None)
+    return files and files.parent.parent
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a `checkpoints/` folder, oldest first (by step)."""
     return sorted(folder.glob(CHECKPOINTS), key=step_of)
