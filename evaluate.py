@@ -95,7 +95,7 @@ class EvaluateArgs(HardwareConfig):
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself."""
-        if self.checkpoint and self.detections or not (
+        if (self.checkpoint and self.detections) or not (
             self.checkpoint or self.detections or self.images
         ):
             raise UsageError(

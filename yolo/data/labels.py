@@ -70,7 +70,12 @@ def _voc(answer: Mapping[str, Any]) -> Element:
         for key, text in fields.items():
             SubElement(node, key).text = text
         left, top, right, bottom = (round(edge) for edge in thing["box"])
-        corners = {"xmin": left + 1, "ymin": top + 1, "xmax": max(right, left + 1), "ymax": max(bottom, top + 1)}
+        corners = {
+            "xmin": left + 1,
+            "ymin": top + 1,
+            "xmax": max(right, left + 1),
+            "ymax": max(bottom, top + 1),
+        }
         frame = SubElement(node, "bndbox")  # VOC counts from 1 and includes the last pixel
         for key, edge in corners.items():
             SubElement(frame, key).text = str(edge)
@@ -78,7 +83,8 @@ def _voc(answer: Mapping[str, Any]) -> Element:
 
 
 def _coco(answers: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> dict[str, Any]:
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number, answer in enumerate(answers, start=1):
         size = {"height": answer["height"], "width": answer["width"]}
         images.append({"id": number, "file_name": Path(answer["image"]).name, **size})

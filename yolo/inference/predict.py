@@ -243,7 +243,11 @@ def predict_files(
             rows = [found.record() for found in detections]
             for (path, picture), found in zip(pictures.items(), detections, strict=True):
                 drawn = draw_boxes(
-                    picture, found.boxes, found.labels.tolist(), loaded.class_names, found.scores
+                    picture,
+                    found.boxes,
+                    found.labels.tolist(),
+                    loaded.class_names,
+                    found.scores.tolist(),
                 )
                 save_figures({names[path]: drawn}, folder / "pictures")
         for (path, picture), row in zip(pictures.items(), rows, strict=True):

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
+from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 
 import av
@@ -137,7 +138,7 @@ def _open_address(address: str, downloads: Path) -> list[Path] | Video:
             kind = response.headers.get_content_type()
             content = response.read(MAX_DOWNLOAD + 1) if kind.startswith("image/") else b""
     except (OSError, ValueError) as error:  # URLError, timeouts, an address that is none
-        reason = getattr(error, "reason", error)
+        reason = error if isinstance(error, HTTPError) else getattr(error, "reason", error)
         raise UserError(f"--images {address}: cannot be fetched ({reason})") from None
     if len(content) > MAX_DOWNLOAD:
         raise UserError(f"--images {address}: is over {MAX_DOWNLOAD >> 20} MB")

@@ -62,7 +62,10 @@ def predict_video(
                 [frame.image for frame in batch], score_threshold, iou_threshold
             )
             for (image, seconds), one in zip(batch, found, strict=True):
-                write(draw_boxes(image, one.boxes, one.labels.tolist(), names, one.scores), seconds)
+                write(
+                    draw_boxes(image, one.boxes, one.labels.tolist(), names, one.scores.tolist()),
+                    seconds,
+                )
                 name = f"{video.name}-{done + 1:06d}.jpg"
                 record = {"image": name, "seconds": round(seconds, 3), **one.record()}
                 file.write(json.dumps(record) + "\n")

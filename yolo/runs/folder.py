@@ -194,7 +194,9 @@ def newest_unfinished(config_name: str) -> RunFolder | None:
 
 def newest_run() -> Path | None:
     """Return the run folder under `runs/` that was saved to last, if there is one."""
-    files = max(RUNS.glob(f"*/checkpoints/{CHECKPOINTS}"), key=lambda p: p.stat().st_mtime, default=None)
+    files = max(
+        RUNS.glob(f"*/checkpoints/{CHECKPOINTS}"), key=lambda p: p.stat().st_mtime, default=None
+    )
     return files and files.parent.parent
 
 
