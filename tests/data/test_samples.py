@@ -20,7 +20,7 @@ from yolo.data.dataset import Annotation, DetectionDataset
 from yolo.data.mosaic import letterbox_tile, mosaic_tiles, place_boxes
 from yolo.data.samplers import MultiSizeBatchSampler, SampleKey
 from yolo.data.samples import EvalSamples, MosaicCollate, TrainSamples, init_worker, plain_collate
-from yolo.data.transforms import Canvas, augment, build_transforms, cut_threshold
+from yolo.data.transforms import Affine, Canvas, augment, build_transforms, cut_threshold
 from yolo.data.voc import read_voc
 
 SIZES = (64, 96, 128)
@@ -379,6 +379,45 @@ def test_every_box_of_an_augmented_image_covers_its_object(
             )  # a turned box is loose, a cut digit may be bare
             checked += 1
     assert checked > 80
+
+
+def test_an_affine_of_four_channels_gives_the_bits_of_three(digits: DetectionDataset):
+    import albumentations as A
+
+    settings: dict = {
+        "scale": (0.75, 1.3),
+        "rotate": (-3, 3),
+        "shear": (-2, 2),
+        "fill": 114,
+        "p": 1.0,
+    }
+    ours, plain = A.Compose([Affine(**settings)], seed=1), A.Compose([A.Affine(**settings)], seed=1)
+    for index in range(8):
+        image = digits.image(index)
+        np.testing.assert_array_equal(ours(image=image)["image"], plain(image=image)["image"])
+
+
+def test_the_images_of_a_sample_are_decoded_after_the_sample_before_is_composed(
+    digits: DetectionDataset,
+):
+    events = []
+
+    class Watched(TrainSamples):
+        def _load(self, key, attempt):
+            events.append("decode")
+            return super()._load(key, attempt)
+
+    class WatchedCollate(MosaicCollate):
+        def compose(self, sample):
+            events.append("compose")
+            return super().compose(sample)
+
+    keys = [SampleKey(0, index, 64) for index in range(3)]
+    collate = WatchedCollate(CFG, 0)
+    batch, _ = collate(Watched(digits, CFG, 0).__getitems__(keys))
+    assert events == ["decode", "compose"] * 3
+    whole, _ = collate([TrainSamples(digits, CFG, 0)[key] for key in keys])
+    assert torch.equal(batch, whole)
 
 
 def test_two_transforms_of_probability_one_half_fire_independently():

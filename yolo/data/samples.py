@@ -7,14 +7,14 @@ stay as decoded, and the network wants them so.
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset, get_worker_info
 
 from yolo.boxes import letterbox
 from yolo.config import Config
@@ -74,6 +74,13 @@ class TrainSamples(Dataset[TrainSample]):
                 self._report(str(error))
         raise AssertionError("unreachable")
 
+    def __getitems__(self, keys: list[SampleKey]) -> "Subset[TrainSample]":
+        """Return a batch whose samples are decoded when the collate asks for them, one at a time.
+
+        Decoded at once, the images of 64 mosaics fill 100 MB, and leave every cache of the CPU.
+        """
+        return Subset(self, keys)  # type: ignore[arg-type]
+
     def plan(self, key: SampleKey, attempt: int = 0) -> list[Tile]:
         """Return where the sample's images go: one in a letterbox, or four tiles of a mosaic."""
         rng = np.random.default_rng([self.seed, key.epoch, key.index, attempt, PLAN])
@@ -117,12 +124,12 @@ class MosaicCollate:
         self.min_visible = cfg.min_visible
         self.seed = seed
 
-    def __call__(self, samples: Sequence[TrainSample]) -> tuple[Tensor, list[Target]]:
+    def __call__(
+        self, samples: Sequence[TrainSample] | Subset[TrainSample]
+    ) -> tuple[Tensor, list[Target]]:
         """Return images uint8 [B, 3, S, S] and targets, boxes in pixels of the network input."""
-        canvases = [self.compose(sample) for sample in samples]
-        return _stack([canvas.image for canvas in canvases]), Targets(
-            _target(canvas) for canvas in canvases
-        )
+        canvases = (self.compose(samples[place]) for place in range(len(samples)))
+        return _batch(len(samples), ((canvas.image, _target(canvas)) for canvas in canvases))
 
     def compose(self, sample: TrainSample) -> Canvas:
         """Return one finished sample."""
@@ -168,7 +175,7 @@ class EvalSamples(Dataset[tuple[np.ndarray, Target]]):
 
 def plain_collate(samples: Sequence[tuple[np.ndarray, Target]]) -> tuple[Tensor, list[Target]]:
     """Return images uint8 [B, 3, S, S] and their targets."""
-    return _stack([image for image, _ in samples]), Targets(target for _, target in samples)
+    return _batch(len(samples), samples)
 
 
 class Targets(list[Target]):
@@ -205,8 +212,17 @@ def init_worker(worker_id: int) -> None:
         os.setpgid(0, 0)
 
 
-def _stack(images: Sequence[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+def _batch(count: int, samples: Iterable[tuple[np.ndarray, Target]]) -> tuple[Tensor, list[Target]]:
+    """Collect images [S, S, 3] and targets; a worker writes straight into what it shares."""
+    batch, targets = torch.empty(0, dtype=torch.uint8), Targets()
+    for place, (image, target) in enumerate(samples):
+        if place == 0:
+            if get_worker_info() is not None:  # as torch's own collate does
+                batch.set_(batch.untyped_storage()._new_shared(count * image.size))
+            batch.resize_(count, *image.shape)
+        batch.numpy()[place] = image
+        targets.append(target)
+    return batch.permute(0, 3, 1, 2), targets
 
 
 def _from_arrays(arrays: list[Target]) -> Targets:

@@ -3,7 +3,7 @@
 import math
 import os
 import random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ.setdefault(
     "NO_ALBUMENTATIONS_UPDATE", "1"
@@ -28,6 +28,15 @@ class Canvas(NamedTuple):
     difficult: np.ndarray  # [M] bool
 
 
+class Affine(A.Affine):
+    """Warps four channels: OpenCV takes a third of the time that three cost it, to the same bits."""
+
+    def apply(self, img: np.ndarray, *args: Any, **params: Any) -> np.ndarray:
+        """Warp an RGB image [H, W, 3]."""
+        warped = super().apply(cv2.cvtColor(img, cv2.COLOR_RGB2RGBA), *args, **params)
+        return cv2.cvtColor(warped, cv2.COLOR_RGBA2RGB)
+
+
 def cut_threshold(min_visible: float) -> float:
     """Return the share of a box that each of two cuts must leave, so that both leave `min_visible`.
 
@@ -47,7 +56,7 @@ def build_transforms(cfg: AugmentConfig, mosaic: bool) -> A.Compose:
     return A.Compose(
         [
             A.HorizontalFlip(p=cfg.aug_flip),
-            A.Affine(
+            Affine(
                 scale=scale,
                 translate_percent=(-shift, shift),
                 rotate=(-3, 3),

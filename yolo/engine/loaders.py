@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Subset
 from yolo.config import Config, ResolvedConfig
 from yolo.data.samplers import MultiSizeBatchSampler
 from yolo.data.samples import init_worker
-from yolo.engine.fabric import Fabric, ranks_per_node
+from yolo.engine.fabric import Fabric, keep_freed_memory, ranks_per_node
 from yolo.errors import UsageError, UserError
 from yolo.runs.provenance import available_cpus
 from yolo.tasks.base import EvalSplit, Task
@@ -89,13 +89,19 @@ def _worker_settings(
         check_shared_memory(workers * ranks_per_node(fabric, cfg), images * 3 * img_size**2)
     return {
         "num_workers": workers,
-        "worker_init_fn": init_worker,
+        "worker_init_fn": start_worker,
         "pin_memory": on_gpu,
         "persistent_workers": workers > 0,  # a test every few seconds should not start them anew
         "multiprocessing_context": start_method if workers else None,
         # else each start of an iterator takes a number from the run's own
         "generator": torch.Generator(),
     }
+
+
+def start_worker(worker_id: int) -> None:
+    """Prepare a worker process; freed images keep their memory, or each would have it cleared anew."""
+    keep_freed_memory()
+    init_worker(worker_id)
 
 
 def check_shared_memory(workers: int, batch_bytes: int, prefetched: int = 2) -> None:
