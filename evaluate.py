@@ -13,6 +13,7 @@ python evaluate.py --checkpoint C --export model.onnx           # or model.safet
 
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class EvaluateArgs(HardwareConfig):
     weights of the newest run, else by the bundled ones."""
     write_labels: Literal["yolo", "voc", "coco"] | None = None
     """With --images: write what was found as label files too, to be corrected and trained on."""
-    dataset: Literal["digits", "voc", "csv", "yolo", "cifar10", "images"] | None = None
+    dataset: Literal["digits", "voc", "csv", "yolo", "coco", "cifar10", "images"] | None = None
     """Layout of the data. With --detections: `voc` by default."""
     data_root: str | None = None
     """Folder of the data set."""
@@ -244,7 +245,8 @@ def measure(
     found = getattr(metrics, "detections", None)
     if args.write_detections and found:
         folder = Path(args.write_detections)
-        write_detections(folder, found.detections(), split.dataset, cfg.split.split(":")[-1])
+        name = re.sub(r"[^\w-]+", "-", cfg.split.split(":")[-1]).strip("-") or "all"
+        write_detections(folder, found.detections(), split.dataset, name)
     pictures: dict[str, np.ndarray] = {}
     if loaded.task == "classification":
         from yolo.explain.misclassified import misclassified_grid

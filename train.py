@@ -1,6 +1,7 @@
 """Train a detector (or a classifier) with Lightning Fabric.
 
 python train.py                            # handwritten digits, made on first use: minutes on a CPU
+python train.py --data-root flowers        # your own pictures: a folder, a zip, a data.yaml
 python train.py --config configs/voc.yaml --data-root VOCdevkit
 python train.py --resume auto              # go on where the newest run of this config stopped
 python train.py --plan-only                # write schedule.txt and schedule.png, and stop
@@ -10,7 +11,7 @@ torchrun --nproc_per_node=4 train.py --config configs/voc.yaml
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from yolo.config import ResolvedConfig
+    from yolo.data.layouts import Reading
     from yolo.data.samplers import MultiSizeBatchSampler
     from yolo.engine.fabric import Fabric
     from yolo.engine.state import State
@@ -63,9 +65,9 @@ class TrainArgs(Config):
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, launch, and do what the flags ask for; return the exit code."""
     argv = cli.command_line(argv)
-    config_file = cli.value_of("--config", argv) or DEFAULT_CONFIG
+    config_file, found = recognise_data(argv)
     plan = locate_run(argv, Path(config_file).stem)
-    args = cli.parse(TrainArgs, argv, __doc__ or "", plan.stored_config or config_file)
+    args = parse_args(argv, plan.stored_config, config_file, found)
     max_seconds = parse_seconds("--max-time", args.max_time) if args.max_time else None
     if args.plan_only and plan.folder.holds_a_run:
         folder = plan.folder.path
@@ -83,9 +85,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     # rank 0 decides: other nodes may see other files
     plan, cfg = fabric.broadcast((plan, Config.from_dict(args.to_dict())))
     fabric.seed_everything(cfg.seed, verbose=False)
+    if found and not plan.stored_config:
+        fabric.print(f"recognised   {found}: trained on by {config_file}")
     if args.check_data:
         return 1 if fabric.is_global_zero and check_data(cfg, plan.folder.path, fabric.print) else 0
     return assemble(args, plan, cfg, fabric, scaler, stop)
+
+
+def recognise_data(argv: Sequence[str]) -> "tuple[str, Reading | None]":
+    """Return the configuration file, and how the data are read where no flag and no file says it."""
+    config, dataset, root = (
+        cli.value_of(name, argv) for name in ("--config", "--dataset", "--data-root")
+    )
+    if config is None and (root is None or dataset == "digits"):
+        return DEFAULT_CONFIG, None
+    if config is not None:
+        values = cli.read_yaml(Path(config))
+        dataset, root = dataset or values.get("dataset"), root or values.get("data_root")
+        if dataset != "auto":
+            return config, None
+    if root is None:
+        raise UsageError("--dataset auto: name the data with --data-root")
+    from yolo.data.layouts import recognise
+
+    found = recognise(Path(root), None if dataset == "auto" else dataset)
+    return config or found.config, found
+
+
+def parse_args(
+    argv: Sequence[str], stored_config: Path | None, config_file: str, found: "Reading | None"
+) -> TrainArgs:
+    """Parse the flags over the configuration: that of the run to continue, or what was found."""
+    if stored_config or not found:
+        args = cli.parse(TrainArgs, argv, __doc__ or "", stored_config or config_file)
+    else:
+        share = cli.value_of("--val-fraction", argv) or cli.read_yaml(Path(config_file)).get(
+            "val_fraction", Config.val_fraction
+        )
+        train_split = cli.value_of("--train-split", argv)
+        settings = found.settings(float(share), train_split)
+        args = cli.parse(TrainArgs, argv, __doc__ or "", config_file, settings)
+    return replace(args, data_root=str(found.root)) if found else args
 
 
 def locate_run(argv: Sequence[str], config_name: str) -> RunPlan:

@@ -66,12 +66,17 @@ def check_data(cfg: Config, out_dir: Path, log: Callable[[str], None] = print) -
     open_all = replace(cfg, skip_bad=True, cache="none")
     try:
         train_set = open_dataset(open_all, cfg.train_split, named_classes(cfg))
-        test_set = open_dataset(open_all, cfg.split, train_set.class_names)
+        names = train_set.class_names
+        held = {
+            f"{name} ({split})": open_dataset(open_all, split, names)
+            for name, split in (("validation", cfg.val_split), ("test", cfg.split))
+            if split
+        }
     except NothingUsableError as error:
         count = len(error.defects)
         log(_listing(f"{error}\n{count} defects", error.defects, shown=count))
         return count
-    sets = {f"train ({cfg.train_split})": train_set, f"test ({cfg.split})": test_set}
+    sets = {f"train ({cfg.train_split})": train_set, **held}
     looks = {name: _look_at_all(dataset, name) for name, dataset in sets.items()}
     defects = _defects(sets, looks)
     notices = [f"{name}: {line}" for name, dataset in sets.items() for line in dataset.notices]
@@ -264,14 +269,15 @@ def _collisions(dataset: DetectionDataset, cfg: Config, anchors: Sequence[float]
 
 
 def _duplicates(sets: dict[str, DetectionDataset], looks: dict[str, list[Look]]) -> str:
-    """List pictures that stand in both splits, byte for byte or by their looks."""
-    (train_name, train_set), (test_name, test_set) = sets.items()
+    """List pictures of training that stand in another split, byte for byte or by their looks."""
+    (train_name, train_set), *others = sets.items()
     by_content = {
         look.content: index for index, look in enumerate(looks[train_name]) if not look.defect
     }
     appearances = np.stack([look.appearance for look in looks[train_name]])
     lines = []
-    for path, look in zip(test_set.paths, looks[test_name], strict=True):
+    held = [pair for name, data in others for pair in zip(data.paths, looks[name], strict=True)]
+    for path, look in held:
         if look.defect:
             continue
         distances = np.bitwise_count(appearances ^ look.appearance).sum(axis=1)

@@ -4,10 +4,11 @@ Exit codes: 0 done, 1 failed, 2 bad arguments, 143 / 130 stopped by SIGTERM / SI
 """
 
 import argparse
+import dataclasses
 import difflib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import NoneType, UnionType
@@ -34,8 +35,11 @@ def parse(
     argv: Sequence[str] | None,
     description: str,
     config_file: str | Path | None = None,
+    found: Mapping[str, Any] | None = None,
 ) -> Args:
     """Parse flags into `args_class`, over a YAML file whose keys are the flags with underscores.
+
+    What was `found` out about the data goes over the file, and under the flags.
 
     Raises:
         UsageError: for an unreadable file or an unknown key, naming the nearest one.
@@ -46,7 +50,8 @@ def parse(
     description = re.sub(r"(?<!\n)\n(?!\n)", "\n\n", description)
     if config_file is None:
         return tyro.cli(args_class, args=argv, description=description)
-    default = _from_yaml(args_class, Path(config_file))
+    default: Any = _from_yaml(args_class, Path(config_file))
+    default = dataclasses.replace(default, **found or {})
     return tyro.cli(args_class, args=argv, default=default, description=description)
 
 

@@ -80,16 +80,22 @@ class DataConfig:
 
     task: Literal["detection", "classification"] = "detection"
     """What is learned."""
-    dataset: Literal["digits", "voc", "csv", "yolo", "cifar10", "images"] = "digits"
-    """Layout of the data: `digits` is made on first use; `voc` is VOC XML (devkit or one folder); `csv` the
-    Kaggle copy of VOC; `yolo` plain YOLO folders; `cifar10` the binary version; `images` one folder per
-    class (or a tar/zip)."""
+    dataset: Literal["auto", "digits", "voc", "csv", "yolo", "coco", "cifar10", "images"] = "digits"
+    """Layout of the data: `auto` recognises it, and what it is split into; `digits` is made on first use;
+    `voc` is VOC XML (devkit or one folder); `csv` the Kaggle copy of VOC; `yolo` YOLO folders and lists;
+    `coco` COCO JSON; `cifar10` the binary version; `images` one folder per class (or a tar/zip)."""
     data_root: str | None = None
-    """Folder (or archive) of the data set. Default: `data/<dataset>`."""
+    """Folder, archive, `data.yaml` or the like of the data set. Default: `data/<dataset>`. Alone, without
+    --config and --dataset, it is recognised and trained on by configs/own.yaml."""
     train_split: str = "train"
     """What to train on; several VOC years are joined by +, as in `2007:trainval+2012:trainval`."""
     split: str = "test"
-    """What to evaluate on, as in `2007:test`."""
+    """What to evaluate on, as in `2007:test`; where there is a --val-split, at the end alone."""
+    val_split: str | None = None
+    """What chooses the best checkpoint while training. Default: --split."""
+    val_fraction: Probability = 0.2
+    """With --dataset auto: this share of the training pictures, drawn by their names, validates where the
+    data have no validation split of their own."""
     classes: str = "auto"
     """`voc` (the official twenty in their order), a list, a file of a name on each line, or `auto`: as
     `data.yaml`, `classes.txt` or `obj.names` names them, else those in the training split, sorted."""

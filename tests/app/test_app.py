@@ -31,9 +31,9 @@ from yolo.app.models import load_models
 from yolo.app.samples import read_samples, write_samples
 from yolo.app.uploads import LONGEST_SIDE, Picture, read_picture
 from yolo.config import Config
+from yolo.data.class_names import VOC_CLASSES
 from yolo.data.dataset import Annotation
 from yolo.data.digits import write_digits
-from yolo.data.voc import VOC_CLASSES
 from yolo.errors import UsageError, UserError
 from yolo.explain.cam import METHODS, CamSettings
 from yolo.models.resnet import ResNet

@@ -9,9 +9,8 @@ import pytest
 from PIL import Image
 
 from yolo.config import Config
-from yolo.data.class_names import named_classes, read_class_names
+from yolo.data.class_names import VOC_CLASSES, named_classes, read_class_names
 from yolo.data.sources import open_dataset, open_datasets
-from yolo.data.voc import VOC_CLASSES
 from yolo.data.yolo import read_csv_layout, read_yolo_folder
 from yolo.errors import UsageError, UserError
 

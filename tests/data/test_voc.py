@@ -8,11 +8,12 @@ import pytest
 from torch.utils.data import DataLoader
 
 from yolo.config import Config
+from yolo.data.class_names import VOC_CLASSES
 from yolo.data.dataset import DetectionDataset, NothingUsableError
 from yolo.data.samplers import SampleKey
 from yolo.data.samples import MAX_REPLACEMENTS, EvalSamples, TrainSamples, plain_collate
 from yolo.data.sources import open_datasets
-from yolo.data.voc import VOC_CLASSES, read_voc
+from yolo.data.voc import read_voc
 from yolo.errors import UserError
 
 

@@ -25,7 +25,7 @@ TINY = [
     "--eval-every",
     "1",
 ]
-TINY += ["--workers", "0", "--accelerator", "cpu", "--precision", "32-true"]
+TINY += ["--dataset", "digits", "--workers", "0", "--accelerator", "cpu", "--precision", "32-true"]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,17 @@ def test_a_finished_run_exits_0_and_changes_nothing(finished_run):
 
 def test_a_folder_that_holds_a_run_is_refused_with_both_ways_out(finished_run, tiny_digits):
     with pytest.raises(UsageError, match=r"--resume auto.*another folder"):
-        train.main([*TINY, "--data-root", str(tiny_digits), "--out-dir", str(finished_run)])
+        train.main(
+            [
+                *TINY,
+                "--dataset",
+                "digits",
+                "--data-root",
+                str(tiny_digits),
+                "--out-dir",
+                str(finished_run),
+            ]
+        )
 
 
 def test_evaluating_the_last_checkpoint_gives_the_results_of_the_run(finished_run, tmp_path):
@@ -172,7 +182,7 @@ def test_plan_only_writes_the_schedule_and_nothing_else(tiny_digits, tmp_path):
     ("flags", "expected"),
     [
         (["--batch-size", "6", "--grad-accum-steps", "4"], "--batch-size 6"),
-        (["--data-root", "nowhere"], "nowhere"),
+        (["--dataset", "voc", "--data-root", "nowhere"], "nowhere"),
         (["--split", "val"], "val"),
         (["--accelerator", "abacus"], "abacus"),
         (["--init-weights", "nowhere.weights"], "nowhere.weights"),
@@ -185,8 +195,6 @@ def test_bad_flags_are_one_clear_line(tiny_digits, tmp_path, flags, expected):
             *TINY,
             "--data-root",
             str(tiny_digits),
-            "--dataset",
-            "voc",
             "--out-dir",
             str(tmp_path / "r"),
             *flags,

@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from yolo.app.samples import SampleSet
-from yolo.data.voc import VOC_CLASSES
+from yolo.data.class_names import VOC_CLASSES
 from yolo.runs.checkpoint import LoadedWeights
 from yolo.viz.draw import class_color
 

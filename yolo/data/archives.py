@@ -1,18 +1,37 @@
 """Read the files of a folder, a tar of any compression or a zip, without unpacking it."""
 
+import hashlib
 import lzma
 import os
+import shutil
 import tarfile
+import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from yolo.errors import UserError
 
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff",
+)  # fmt: skip
 Wanted = Callable[[PurePosixPath], bool]
 Members = Iterator[tuple[PurePosixPath, bytes]]
+
+
+def is_image(path: PurePath) -> bool:
+    """Return whether a file's name says that it is an image of a kind that can be read."""
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def swap_last(parts: Sequence[str], old: str, new: str) -> tuple[str, ...]:
+    """Return the parts of a path with `new` in place of the last `old`: `images` to `labels`."""
+    if old not in parts:
+        return tuple(parts)
+    place = len(parts) - 1 - list(reversed(parts)).index(old)
+    return (*parts[:place], new, *parts[place + 1 :])
 
 
 def is_hidden(path: PurePath) -> bool:
@@ -58,6 +77,60 @@ def read_members(root: Path, wanted: Wanted) -> Members:
         raise UserError(f"{root}: is damaged or truncated ({error}); fetch it again") from None
     except OSError as error:
         raise UserError(f"--data-root {root}: cannot be read ({error.strerror or error})") from None
+
+
+def is_archive(path: Path) -> bool:
+    """Return whether a file can be read as a zip or a tar of any compression."""
+    return zipfile.is_zipfile(path) or tarfile.is_tarfile(path)
+
+
+def archive_names(path: Path) -> list[PurePosixPath]:
+    """Return the paths of the files in an archive; raises as `read_members`."""
+    names: list[PurePosixPath] = []
+
+    def note(name: PurePosixPath) -> bool:
+        names.append(name)
+        return False
+
+    for _ in read_members(path, note):
+        pass
+    return names
+
+
+def unpacked(archive: Path) -> Path:
+    """Return the folder `<name>-<digest>` that holds the files of an archive; unpack it once.
+
+    It lies beside the archive or, where nothing can be written, in `data/`. The digest is of the
+    archive's size and time: another archive of the same name gets a folder of its own.
+
+    Raises:
+        UserError: if the archive is damaged, or a member would land outside of the folder.
+    """
+    stat = archive.stat()
+    digest = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:8]
+    name = f"{archive.name.split('.')[0]}-{digest}"
+    target = next(
+        (place / name for place in (archive.parent, Path("data")) if (place / name).is_dir()), None
+    )
+    if target is not None:
+        return target
+    place = archive.parent if os.access(archive.parent, os.W_OK) else Path("data")
+    place.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=place))
+    try:
+        for inside, content in read_members(archive, lambda path: True):
+            if inside.is_absolute() or ".." in inside.parts:
+                raise UserError(f"{archive}: {inside} would be written outside of its folder")
+            file = part / inside
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+        part.chmod(0o755)
+        part.rename(place / name)
+    except BaseException as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if not (isinstance(error, OSError) and (place / name).is_dir()):  # another rank was first
+            raise
+    return place / name
 
 
 def _folder_members(root: Path, wanted: Wanted) -> Members:

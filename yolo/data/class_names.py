@@ -8,9 +8,17 @@ from typing import Any
 import yaml
 
 from yolo.config import DataConfig
-from yolo.data.voc import VOC_CLASSES
 from yolo.errors import UserError
 from yolo.files import read_text
+
+VOC_CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
+    "tvmonitor",
+)  # fmt: skip
+
+
+CLASS_FILES = ("data.yaml", "data.yml", "classes.txt", "obj.names", "labels/classes.txt")
 
 
 class _Text(yaml.BaseLoader):
@@ -33,6 +41,25 @@ def named_classes(cfg: DataConfig) -> tuple[str, ...] | None:
         return tuple(read_class_names(Path(cfg.classes)).values())
     names = [name for name in cfg.classes.split(",") if name.strip()]
     return tuple(_checked("--classes", enumerate(names)).values())
+
+
+def load_yaml(path: Path) -> Any:
+    """Return what a YAML file holds, every scalar as the text it is.
+
+    Raises:
+        UserError: if it is no YAML.
+    """
+    try:
+        return yaml.load(read_text(path), _Text)
+    except yaml.YAMLError as error:
+        why = getattr(error, "problem", None) or "cannot be parsed"
+        raise UserError(f"{path}: is no readable YAML ({why})") from None
+
+
+def has_names(path: Path) -> bool:
+    """Return whether a YAML file names classes."""
+    content = load_yaml(path)
+    return isinstance(content, dict) and "names" in content
 
 
 def read_class_names(path: Path) -> dict[int, str]:

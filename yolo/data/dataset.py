@@ -18,11 +18,9 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from yolo.data.archives import IMAGE_SUFFIXES, is_image
 from yolo.errors import UserError
 
-IMAGE_SUFFIXES = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff",
-)  # fmt: skip
 JPEG_START = b"\xff\xd8"
 END_MARKS = {
     JPEG_START: b"\xff\xd9",
@@ -125,6 +123,12 @@ class DetectionDataset:
         return read_rgb(
             self.paths[index], (annotation.height, annotation.width), min_side, self.follow_exif
         )
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Leave out all images but these."""
+        self.image_ids = [self.image_ids[index] for index in indices]
+        self.paths = [self.paths[index] for index in indices]
+        self.annotations = [self.annotations[index] for index in indices]
 
     def digest(self) -> str:
         """Return a SHA-256 over class names, image ids, sizes and boxes."""
@@ -246,9 +250,7 @@ def drop_unreadable(dataset: DetectionDataset) -> None:
     if not good:
         raise UserError(f"{dataset.name}: no image can be decoded; the first: {found[0]}")
     dataset.skipped += [message for message in found if message is not None]
-    dataset.image_ids = [dataset.image_ids[index] for index in good]
-    dataset.paths = [dataset.paths[index] for index in good]
-    dataset.annotations = [dataset.annotations[index] for index in good]
+    dataset.keep(good)
 
 
 def read_rgb(
@@ -334,11 +336,6 @@ def find_image(folder: Path, stem: str) -> Path:
     others = sorted(folder.glob(f"{glob.escape(stem)}.*"))  # reads the folder: only for mixed case
     named = (path for path in others if path.stem == Path(stem).name)
     return next(filter(is_image, named), folder / f"{stem}.jpg")
-
-
-def is_image(path: PurePath) -> bool:
-    """Return whether a file's name says that it is an image of a kind that can be read."""
-    return path.suffix.lower() in IMAGE_SUFFIXES
 
 
 def decode_rgb(

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from yolo.data.dataset import IMAGE_SUFFIXES, JPEG_START, Annotation, header_size, read_rgb
+from yolo.data.archives import IMAGE_SUFFIXES
+from yolo.data.dataset import JPEG_START, Annotation, header_size, read_rgb
 from yolo.data.mosaic import letterboxed_canvas
 from yolo.errors import UsageError, UserError
 from yolo.files import find

@@ -14,9 +14,10 @@ import cv2
 import numpy as np
 
 from yolo.config import DataConfig
-from yolo.data.archives import read_members
+from yolo.data.archives import is_image, read_members
 from yolo.data.class_names import named_classes
-from yolo.data.dataset import decode_rgb, is_image, notice
+from yolo.data.dataset import decode_rgb, notice
+from yolo.data.splits import drawn, parse_split
 from yolo.errors import UsageError, UserError
 
 IMAGE_SIZE = 32
@@ -93,11 +94,12 @@ def open_datasets(cfg: DataConfig) -> tuple[ImageDataset, ImageDataset]:
         UserError: for missing, damaged or empty data.
         UsageError: for a split or a class list that the data does not have.
     """
-    splits = _read(cfg, (cfg.train_split, cfg.split))
+    chosen = cfg.val_split or cfg.split
+    splits = _read(cfg, (cfg.train_split, chosen))
     train = splits[cfg.train_split]
     class_names = named_classes(cfg) or tuple(sorted(set(train.classes)))
     return _label(cfg, cfg.train_split, train, class_names), _label(
-        cfg, cfg.split, splits[cfg.split], class_names
+        cfg, chosen, splits[chosen], class_names
     )
 
 
@@ -111,6 +113,22 @@ def _root(cfg: DataConfig) -> Path:
 
 
 def _read(cfg: DataConfig, splits: Sequence[str]) -> dict[str, _Split]:
+    """Read some splits in one pass; of those that are drawn, the whole split that they are of."""
+    parts = {split: parse_split(split) for split in splits}
+    whole = _read_whole(cfg, list(dict.fromkeys(base for base, _ in parts.values())))
+    chosen = {}
+    for split, (base, share) in parts.items():
+        raw = whole[base]
+        rows = drawn(raw.image_ids, share)
+        chosen[split] = raw._replace(
+            images=raw.images if share is None else raw.images[rows],
+            classes=[raw.classes[row] for row in rows],
+            image_ids=[raw.image_ids[row] for row in rows],
+        )
+    return chosen
+
+
+def _read_whole(cfg: DataConfig, splits: Sequence[str]) -> dict[str, _Split]:
     if cfg.dataset == "digits":
         return _read_digits(splits)
     if cfg.dataset == "cifar10":
@@ -253,7 +271,9 @@ def _read_class_folders(root: Path, splits: Sequence[str], skip_bad: bool) -> di
 
 
 def _below_split(path: PurePosixPath, splits: Sequence[str]) -> tuple[str | None, tuple[str, ...]]:
-    """Return the split that a file belongs to, and its path below that folder."""
+    """Return the split that a file belongs to, and its path below that folder; `.` is all files."""
+    if "." in splits:
+        return ".", path.parts
     for place, part in enumerate(path.parts[:-1]):
         if part in splits:
             return part, path.parts[place + 1 :]

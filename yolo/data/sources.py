@@ -9,13 +9,14 @@ from yolo.data.class_names import named_classes
 from yolo.data.dataset import DetectionDataset, drop_unreadable
 from yolo.data.digits import CLASS_NAMES, ensure_digits
 from yolo.data.download import ensure_voc
+from yolo.data.layouts import LAYOUTS
+from yolo.data.splits import drawn, parse_split
 from yolo.data.voc import read_voc
-from yolo.data.yolo import read_csv_layout, read_yolo_folder
 from yolo.errors import UsageError, UserError
 
 
 def open_datasets(cfg: Config, processes: int = 1) -> tuple[DetectionDataset, DetectionDataset]:
-    """Open the training and the test set; the test set takes over the classes of the training set.
+    """Open the training set, and the one that is tested on while training, with the same classes.
 
     With `--cache ram` both are decoded into shared memory here.
 
@@ -27,7 +28,7 @@ def open_datasets(cfg: Config, processes: int = 1) -> tuple[DetectionDataset, De
         UserError: for missing data, the first defect, or too little memory.
     """
     train_set = open_dataset(cfg, cfg.train_split, named_classes(cfg))
-    test_set = open_test_set(cfg, train_set.class_names)
+    test_set = open_test_set(cfg, cfg.val_split or cfg.split, train_set.class_names)
     if cfg.cache == "ram":
         if cfg.skip_bad:  # a cache cannot hold a broken image
             drop_unreadable(train_set)
@@ -36,9 +37,9 @@ def open_datasets(cfg: Config, processes: int = 1) -> tuple[DetectionDataset, De
     return train_set, test_set
 
 
-def open_test_set(cfg: Config, class_names: Sequence[str]) -> DetectionDataset:
-    """Open `cfg.split` with the classes of a trained model; raises as `open_dataset`."""
-    dataset = open_dataset(cfg, cfg.split, class_names)
+def open_test_set(cfg: Config, split: str, class_names: Sequence[str]) -> DetectionDataset:
+    """Open a split for tests, with the classes of a model; raises as `open_dataset`."""
+    dataset = open_dataset(cfg, split, class_names)
     if cfg.skip_bad:  # a test cannot replace a broken image by another
         drop_unreadable(dataset)
     return dataset
@@ -49,7 +50,7 @@ def open_dataset(cfg: Config, split: str, class_names: Sequence[str] | None) -> 
 
     Args:
         cfg: Layout, folder, and what to do with what is broken.
-        split: As in `2007:test`.
+        split: As in `2007:test`; `[:20%]` after it is a share of it, `[20%:]` the rest.
         class_names: In the order of their labels; None for those that the data set brings along.
 
     Raises:
@@ -58,17 +59,19 @@ def open_dataset(cfg: Config, split: str, class_names: Sequence[str] | None) -> 
     root = Path(cfg.data_root or f"data/{cfg.dataset}")
     if root.is_file():
         raise UserError(f"--data-root {root}: is a file; name the folder that it lies in")
-    match cfg.dataset:
-        case "digits":
-            return read_voc(ensure_digits(root), split, class_names or CLASS_NAMES, cfg.skip_bad)
-        case "voc":
-            if cfg.download:
-                ensure_voc(root, split)
-            return read_voc(root, split, class_names, cfg.skip_bad)
-        case "csv":
-            return read_csv_layout(root, split, class_names, cfg.skip_bad)
-        case "yolo":
-            return read_yolo_folder(root, split, class_names, cfg.skip_bad)
-    raise UsageError(
-        f"--dataset {cfg.dataset}: has no boxes to detect; want digits, voc, csv or yolo"
-    )
+    whole, share = parse_split(split)
+    if cfg.dataset == "digits":
+        dataset = read_voc(ensure_digits(root), whole, class_names or CLASS_NAMES, cfg.skip_bad)
+    elif not (layout := LAYOUTS.get(cfg.dataset)) or not layout.reader:
+        raise UsageError(
+            f"--dataset {cfg.dataset}: has no boxes to detect; want digits, voc, csv, yolo or coco"
+        )
+    else:
+        if cfg.dataset == "voc" and cfg.download:
+            ensure_voc(root, whole)
+        dataset = layout.read(root, whole, class_names, cfg.skip_bad)
+    if share is None:
+        return dataset
+    dataset.name = f"{dataset.name} {split.removeprefix(whole)}"
+    dataset.keep(drawn([path.name for path in dataset.paths], share))
+    return dataset

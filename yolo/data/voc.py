@@ -2,8 +2,10 @@
 
 A devkit holds `VOC2007/`, `VOC2012/`, ... (each with `Annotations/`, `JPEGImages/`,
 `ImageSets/Main/<split>.txt`) and its splits are written `2007:trainval+2012:trainval`. A single
-folder holds those three itself: `trainval`. VOC counts pixels from 1 and includes the last one;
-here, and nowhere else, they become 0-based and exclusive.
+folder holds those three itself: `trainval`. Elsewhere a split is a folder of XML files, by its
+path, whose images lie beside them or in a folder beside: so do labelImg, Roboflow and Kaggle's
+sets. VOC counts pixels from 1 and includes the last one; here, and nowhere else, they become
+0-based and exclusive.
 """
 
 from collections.abc import Sequence
@@ -24,12 +26,6 @@ from yolo.data.dataset import (
 from yolo.errors import UserError
 from yolo.files import read_text
 
-VOC_CLASSES = (
-    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
-    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
-    "tvmonitor",
-)  # fmt: skip
-
 
 def read_voc(
     root: Path, split: str, class_names: Sequence[str] | None, skip_bad: bool = False
@@ -45,17 +41,32 @@ def read_voc(
     Raises:
         UserError: naming what was looked for and where.
     """
-    folder_of: dict[str, Path] = {}
-    for part in split.split("+"):
-        folder, subset = _locate(root, part.strip())
-        folder_of |= dict.fromkeys(_read_ids(folder, subset), folder)
+    xml_of: dict[str, Path] = {}
+    for part in map(str.strip, split.split("+")):
+        xml_of |= _xml_folder(root, part) or _xml_of_list(root, part)
     return assemble(
         f"VOC {split} in {root}",
-        list(folder_of),
-        lambda image_id: _read_xml(folder_of[image_id], image_id),
+        list(xml_of),
+        lambda image_id: _read_xml(xml_of[image_id], image_id),
         class_names,
         skip_bad,
     )
+
+
+def _xml_of_list(root: Path, part: str) -> dict[str, Path]:
+    """Return the annotation files that `ImageSets/Main/<split>.txt` lists, by image id."""
+    folder, subset = _locate(root, part)
+    ids = _read_ids(folder, subset)
+    return {image_id: folder / "Annotations" / f"{image_id}.xml" for image_id in ids}
+
+
+def _xml_folder(root: Path, part: str) -> dict[str, Path]:
+    """Return the annotation files of a folder that a split names by its path; none if it does not."""
+    if ":" in part or (root / "ImageSets" / "Main" / f"{part}.txt").is_file():
+        return {}
+    prefix = "" if part in ("", ".", "Annotations") else f"{part}/"
+    files = sorted((root / part).glob("*.xml"))
+    return {f"{prefix}{path.stem}": path for path in files}
 
 
 def year_folders(root: Path, year: str) -> list[Path]:
@@ -133,10 +144,9 @@ def parse_xml(path: Path) -> Element:
     return root
 
 
-def _read_xml(folder: Path, image_id: str) -> RawAnnotation:
-    path = folder / "Annotations" / f"{image_id}.xml"
+def _read_xml(path: Path, image_id: str) -> RawAnnotation:
     root = parse_xml(path)
-    image = find_image(folder / "JPEGImages", image_id)
+    image = _image_of(path)
     try:
         height, width = annotated_size(root) or header_size(image)
         objects = [_object(node) for node in root.iter("object")]
@@ -145,6 +155,16 @@ def _read_xml(folder: Path, image_id: str) -> RawAnnotation:
             f"{path}: an object lacks a name or a box of four numbers, or the size is no number"
         ) from None
     return RawAnnotation(image_id, image, path, height, width, objects)
+
+
+def _image_of(path: Path) -> Path:
+    """Return the image of an annotation file: in `JPEGImages/` or `images/`, or beside it."""
+    above = path.parents[1]
+    places = [above / "JPEGImages", path.parent, above / "images", above]
+    if role_folder := path.parent.name if above.name.lower() == "annotations" else "":
+        places += [above.parent / name / role_folder for name in ("JPEGImages", "images")]
+    found = (find_image(place, path.stem) for place in places)
+    return next((image for image in found if image.exists()), find_image(places[0], path.stem))
 
 
 def annotated_size(root: Element) -> tuple[int, int] | None:

@@ -1,12 +1,12 @@
 """Label files of lines `class cx cy width height` in shares of the image: YOLO folders, VOC as CSV.
 
 The CSV layout (as on Kaggle) has `images/`, `labels/` and one `<split>.csv` of lines `image,label`.
-A YOLO folder has `images/<split>` beside `labels/<split>`, `<split>/images` beside
-`<split>/labels`, or a list `<split>.txt` of images (CVAT, Darknet); labels may also lie beside
-their images, as labelImg writes them. Its class names stand in `data.yaml`, `classes.txt` or
-`obj.names`: they say what the numbers mean, whatever order of classes the network has. An image
-without a label file has no objects. As viewers and annotation tools show images turned by their
-EXIF tag, boxes are read so, too.
+A YOLO split is `images/<split>` beside `labels/<split>`, `<split>/images` beside
+`<split>/labels`, a list `<split>.txt` of images (CVAT, Darknet), or any folder or list that it
+names by its path; labels may also lie beside their images, as labelImg writes them. Its class names
+stand in `data.yaml`, `classes.txt` or `obj.names`: they say what the numbers mean, whatever order
+of classes the network has. An image without a label file has no objects. As viewers and annotation
+tools show images turned by their EXIF tag, boxes are read so, too.
 """
 
 import csv
@@ -14,20 +14,20 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from yolo.data.archives import walk
-from yolo.data.class_names import read_class_names
+from yolo.data.archives import is_image, swap_last, walk
+from yolo.data.class_names import CLASS_FILES, has_names, read_class_names
 from yolo.data.dataset import (
     DetectionDataset,
     RawAnnotation,
     RawBox,
     assemble,
     header_size,
-    is_image,
     notice,
 )
 from yolo.errors import UserError
 from yolo.files import read_text
 
+NO_LABELS = ("classes.txt", "train.txt", "val.txt", "test.txt")  # beside the labels
 ANNOTATIONS = (".txt", ".json", ".xml")  # of any program, beside images
 Pairs = dict[str, tuple[Path, Path]]  # image and label file by image id
 Remarks = defaultdict[str, list[str]]  # where something was not used as it stands, by what it was
@@ -63,22 +63,26 @@ def read_yolo_folder(
 ) -> DetectionDataset:
     """Read the images of one split, sub-folders too, and the label files that belong to them.
 
+    Args:
+        root: Folder of the data set.
+        split: Its name, or the path of its images or its list below `root`; several joined by +.
+        class_names: In the order of their labels; None for those that the data set brings along.
+        skip_bad: Leave out what is broken, and list it in `.skipped`.
+
     Raises:
         UserError: naming what is missing, or the first defect.
     """
-    places = [
-        (root / "images" / split, root / "labels" / split),
-        (root / split / "images", root / split / "labels"),
-    ]
-    found = next(((images, labels) for images, labels in places if images.is_dir()), None)
-    if found:
-        where, (pairs, notices) = f"YOLO folder {found[0]}", _pairs_of_folder(*found)
-    elif (listing := root / f"{split}.txt").is_file():
-        where, pairs, notices = f"YOLO list {listing}", _pairs_of_list(root, listing), []
-    else:
+    where, pairs, notices = _pairs_of_split(root, split)
+    if not where and "+" in split:
+        parts = {part: _pairs_of_split(root, part) for part in split.split("+")}
+        missing = next((part for part, (found, *_) in parts.items() if not found), None)
+        where, split = ("" if missing else f"YOLO {split} in {root}"), missing or split
+        pairs = {f"{part}/{name}": pair for part in parts for name, pair in parts[part][1].items()}
+        notices = [line for part in parts.values() for line in part[2]]
+    if not where:
         raise UserError(
-            f"split '{split}': no folder {places[0][0]} or {places[1][0]}, and no list {listing}; "
-            f"{root} holds: {_listed(root.glob('*'))}"
+            f"split '{split}': no folder {root / 'images' / split} or {root / split / 'images'}, and "
+            f"no list {root / split}.txt; {root} holds: {_listed(root.glob('*'))}"
         )
     if pairs and not any(labels.is_file() for _, labels in pairs.values()):
         image, labels = next(iter(pairs.values()))
@@ -89,6 +93,19 @@ def read_yolo_folder(
     dataset = _assemble(where, root, pairs, class_names, skip_bad)
     dataset.notices += notices
     return dataset
+
+
+def _pairs_of_split(root: Path, split: str) -> tuple[str, Pairs, list[str]]:
+    """Return what a split is (nothing if it is not there), its pairs, and notices."""
+    folders = [root / "images" / split, root / split / "images", root / split]
+    for images in folders:
+        if images.is_dir():
+            labels = Path(*swap_last(images.parts, "images", "labels"))
+            return f"YOLO folder {images}", *_pairs_of_folder(images, labels)
+    for listing in (root / f"{split}.txt", root / split):
+        if listing.is_file():
+            return f"YOLO list {listing}", _pairs_of_list(root, listing), []
+    return "", {}, []
 
 
 def _pairs_of_folder(images: Path, labels: Path) -> tuple[Pairs, list[str]]:
@@ -107,7 +124,7 @@ def _pairs_of_folder(images: Path, labels: Path) -> tuple[Pairs, list[str]]:
         if is_image(path) or (is_other and label_file.is_file()):
             pairs[inside.as_posix()] = path, label_file
     used = {label_file for _, label_file in pairs.values()}
-    spare = [path for path in label_files if path not in used and path.name != "classes.txt"]
+    spare = [path for path in label_files if path not in used and path.name not in NO_LABELS]
     taken = {image for image, _ in pairs.values()}
     unread = [path for path in files if path not in taken and path not in label_files]
     return pairs, [
@@ -124,7 +141,7 @@ def _pairs_of_list(root: Path, listing: Path) -> Pairs:
         tails = [root.joinpath(*parts[start:]) for start in range(len(parts))]
         if tails:
             image = next((path for path in tails if path.is_file()), tails[0])
-            swapped = Path(*("labels" if part == "images" else part for part in image.parts))
+            swapped = Path(*swap_last(image.parts, "images", "labels"))
             pairs[line.strip()] = image, _label_file(swapped.with_suffix(".txt"), image)
     return pairs
 
@@ -211,16 +228,18 @@ def _object(line: str, where: str, height: int, width: int, numbered: Mapping[in
 
 def _names(root: Path, label_folders: Iterable[Path]) -> tuple[dict[int, str] | None, list[str]]:
     """Return the class names that a data set brings along, by number, and which others it has."""
-    usual = ("data.yaml", "data.yml", "classes.txt", "obj.names", "labels/classes.txt")
-    beside = (folder / "classes.txt" for folder in dict.fromkeys(label_folders))
-    paths = dict.fromkeys(
-        path for path in (*(root / name for name in usual), *beside) if path.is_file()
+    folders = dict.fromkeys(label_folders)
+    beside = (folder / name for folder in folders for name in ("classes.txt", "_darknet.labels"))
+    usual = (root / name for name in CLASS_FILES)
+    others = (path for path in sorted(root.glob("*.y*ml")) if has_names(path))
+    paths = dict.fromkeys(path for path in (*usual, *beside) if path.is_file()) or dict.fromkeys(
+        [*others][:1]
     )
     if not paths:
         return None, []
-    first, *others = paths
+    first, *rest = paths
     names = read_class_names(first)
-    unlike = [path for path in others if read_class_names(path) != names]
+    unlike = [path for path in rest if read_class_names(path) != names]
     return names, notice(f"files name other classes than {first}, which counts", unlike)
 
 

@@ -75,7 +75,8 @@ class Task(ABC):
     train_samples: Dataset
     # to images uint8 [B, 3, S, S] and targets with a `to(device)`
     train_collate: Callable[[Any], Any]
-    eval_split: EvalSplit
+    eval_split: EvalSplit  # tested on while training
+    test_split: EvalSplit | None = None  # looked at once, at the end; None: it is the same
     anchors: Tensor | None = None  # [3, A, 2] pixels; None for classification
 
     def with_config(self, config: Config) -> Self:

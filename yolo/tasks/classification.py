@@ -67,15 +67,17 @@ class ClassificationTask(Task):
                 "--img-sizes, --test-size: the classifier works on 32 x 32 pixels; want 32"
             )
         train_set, eval_set = open_datasets(config)
+        names = train_set.class_names
         return cls(
             config=config,
-            class_names=train_set.class_names,
-            model=build_model(config, len(train_set.class_names)),
+            class_names=names,
+            model=build_model(config, len(names)),
             criterion=ClassificationLoss(config.label_smoothing),
             train_set=train_set,
             train_samples=TrainImages(train_set, config, config.seed),
             train_collate=collate_images,
             eval_split=ClassificationSplit.of(config, eval_set),
+            test_split=cls.open_split(config, names, None) if config.val_split else None,
         )
 
     @staticmethod

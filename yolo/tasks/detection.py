@@ -111,15 +111,17 @@ class DetectionTask(Task):
         train_set, eval_set = open_datasets(config, processes)
         sizes = anchor_sizes(config.anchors) or cluster_anchors(train_set, config)
         anchors = make_anchors(sizes, config.resolved_test_size)
+        names = train_set.class_names
         return cls(
             config=config,
-            class_names=train_set.class_names,
-            model=build_model(config, len(train_set.class_names)),
+            class_names=names,
+            model=build_model(config, len(names)),
             criterion=YoloLoss(anchors, config.loss_settings, config.label_smoothing),
             train_set=train_set,
             train_samples=TrainSamples(train_set, config, config.seed),
             train_collate=AssignedCollate(MosaicCollate(config, config.seed), anchors, config),
             eval_split=DetectionSplit.of(config, eval_set, anchors),
+            test_split=cls.open_split(config, names, anchors) if config.val_split else None,
             anchors=anchors,
         )
 
@@ -129,7 +131,7 @@ class DetectionTask(Task):
     ) -> DetectionSplit:
         """Open `config.split` for testing a trained model, with its classes and anchors."""
         assert anchors is not None
-        return DetectionSplit.of(config, open_test_set(config, class_names), anchors)
+        return DetectionSplit.of(config, open_test_set(config, config.split, class_names), anchors)
 
     def with_config(self, config: Config) -> Self:
         """Return the task with settings found later; the end of mosaic follows the epochs."""
