@@ -97,12 +97,12 @@ def recognise_data(argv: Sequence[str]) -> "tuple[str, Reading | None]":
     config, dataset, root = (
         cli.value_of(name, argv) for name in ("--config", "--dataset", "--data-root")
     )
-    if config is None and (root is None or dataset == "digits"):
-        return DEFAULT_CONFIG, None
+    if dataset == "digits" or (config is None and root is None):
+        return config or DEFAULT_CONFIG, None
     if config is not None:
         values = cli.read_yaml(Path(config))
-        dataset, root = dataset or values.get("dataset"), root or values.get("data_root")
-        if dataset != "auto":
+        root = root or values.get("data_root")
+        if "auto" not in (dataset, values.get("dataset")):
             return config, None
     if root is None:
         raise UsageError("--dataset auto: name the data with --data-root")
