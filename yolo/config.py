@@ -131,6 +131,8 @@ class AugmentConfig:
     """Contrast-limited adaptive histogram equalisation."""
     aug_gray: Probability = 0.05
     """Drop the colours."""
+    aug_rotate90: Probability = 0.0
+    """Turn by none, one, two or three quarters: for pictures that know no up and down."""
     aug_crop: Probability = 0.0
     """Classification: random crop after 4-pixel padding."""
     aug_cutout: Probability = 0.0

@@ -345,9 +345,9 @@ def painted() -> PaintedDigits:
     )
 
 
-@pytest.mark.parametrize("mosaic_prob", [0.0, 1.0])
+@pytest.mark.parametrize(("mosaic_prob", "quarter_turns"), [(0.0, 0.0), (1.0, 0.0), (0.5, 1.0)])
 def test_every_box_of_an_augmented_image_covers_its_object(
-    painted: PaintedDigits, mosaic_prob: float
+    painted: PaintedDigits, mosaic_prob: float, quarter_turns: float
 ):
     """By pixels: the paint of an object that is seen lies in its box, and fills most of it."""
     cfg = Config(
@@ -357,6 +357,7 @@ def test_every_box_of_an_augmented_image_covers_its_object(
         aug_blur=0.0,
         aug_clahe=0.0,
         aug_gray=0.0,
+        aug_rotate90=quarter_turns,
         min_visible=0.5,
     )
     samples, collate = TrainSamples(painted, cfg, 0), MosaicCollate(cfg, 0)

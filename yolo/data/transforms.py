@@ -76,6 +76,8 @@ def build_transforms(cfg: AugmentConfig, mosaic: bool) -> A.Compose:
             A.GaussianBlur(blur_limit=(3, 5), p=cfg.aug_blur),
             A.CLAHE(clip_limit=(1.0, 3.0), p=cfg.aug_clahe),
             A.ToGray(p=cfg.aug_gray),
+            # a transform draws a number even at 0: without this one, runs stay as they were
+            *([A.RandomRotate90(p=cfg.aug_rotate90)] if cfg.aug_rotate90 else []),
         ],
         bbox_params=A.BboxParams(
             format="pascal_voc",
