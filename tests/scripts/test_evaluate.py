@@ -4,6 +4,8 @@ import contextlib
 import csv
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -334,3 +336,12 @@ def test_flip_averages_a_picture_and_its_mirror_image_and_says_so(
     results = results_in(tmp_path)
     assert results["tta"] == "flip"
     assert results["map_50"] is not None
+
+
+def test_scoring_files_does_without_torch_which_takes_seconds_to_import() -> None:
+    code = (
+        "import sys, yolo.data.sources, yolo.metrics.devkit, yolo.metrics.report\n"
+        "import yolo.runs.results, yolo.viz.error_grids\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from yolo.data.dataset import Annotation, DetectionDataset
@@ -29,6 +28,8 @@ class ImageCache:
     """
 
     def __init__(self, shapes: np.ndarray) -> None:
+        import torch  # here, since scoring somebody's detections does without it
+
         self.shapes = shapes
         self.ends = np.cumsum(shapes.prod(axis=1) * 3)
         self.pixels = torch.empty(int(self.ends[-1]), dtype=torch.uint8).share_memory_()

@@ -4,10 +4,9 @@ AP of a class without objects is undefined: it is None, and the mean leaves the 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
-from torch import Tensor
 
 from yolo.errors import UserError
 from yolo.metrics.matching import (
@@ -18,6 +17,9 @@ from yolo.metrics.matching import (
     match_greedy,
     match_voc,
 )
+
+if TYPE_CHECKING:  # scoring does without torch, which takes two seconds to import
+    from torch import Tensor
 
 # Added up as in the devkit: a recall of 0.3 does not reach 0.30000000000000004, up to 0.01 AP.
 VOC_RECALLS = np.arange(0, 1.1, 0.1)
@@ -49,7 +51,7 @@ class DetectionMetrics:
         self._images: list[np.ndarray] = []  # those seen, with or without detections
         self._rows: list[np.ndarray] = []  # [N, 7] image, x1, y1, x2, y2, score, label
 
-    def update(self, image_index: int, detection: Mapping[str, Tensor]) -> None:
+    def update(self, image_index: int, detection: Mapping[str, "Tensor"]) -> None:
         """Add one image: `boxes` [N, 4] xyxy original pixels, `scores` [N], `labels` [N]."""
         rows = np.empty((len(detection["scores"]), 7))
         rows[:, 0] = image_index

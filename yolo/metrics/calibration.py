@@ -1,11 +1,11 @@
 """Whether a confidence of 80 % is right 80 times in 100, and what makes it so (Guo et al. 2017)."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CALIBRATION_BINS = 15  # equal in width, as in section 2 of the paper
 
@@ -37,8 +37,12 @@ def calibration(confidence: np.ndarray, correct: np.ndarray) -> dict[str, Any]:
 
 
 def fit_objectness(
-    logits: Tensor, class_probs: Tensor, scales: Tensor, right: Tensor, num_scales: int = 3
-) -> Tensor:
+    logits: "Tensor",
+    class_probs: "Tensor",
+    scales: "Tensor",
+    right: "Tensor",
+    num_scales: int = 3,
+) -> "Tensor":
     """Return per scale the a and b [S, 2] that make sigmoid(a logit + b) class_prob most likely.
 
     It is Platt's scaling of the objectness alone, by maximum likelihood: which class it is was
@@ -51,11 +55,14 @@ def fit_objectness(
         right: [N] bool, whether it found an object.
         num_scales: S.
     """
+    import torch  # here, since scoring somebody's detections does without it
+    from torch.nn import functional
+
     logits, class_probs = logits.double(), class_probs.double().clamp(1e-9, 1)
     factors = torch.tensor([[1.0, 0.0]] * num_scales, dtype=torch.double, requires_grad=True)
     optimizer = torch.optim.LBFGS([factors], max_iter=200, line_search_fn="strong_wolfe")
 
-    def loss() -> Tensor:
+    def loss() -> "Tensor":
         optimizer.zero_grad()
         objectness = functional.logsigmoid(logits * factors[scales, 0] + factors[scales, 1])
         log_score = objectness + class_probs.log()

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from yolo.files import replacing
@@ -37,6 +36,9 @@ class Logbook:
             step: number of optimizer steps done.
             evaluation_due: whether the test after that step is still to come, or to be repeated.
         """
+        # here, since scoring somebody's detections does without torch
+        from torch.utils.tensorboard import SummaryWriter
+
         self.path = run_dir / "metrics.jsonl"
         _cut(self.path, step, evaluation_due)
         self._file = self.path.open("a")

@@ -4,11 +4,13 @@ import hashlib
 import os
 import platform
 import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 LIBRARIES = ("torch", "torchvision", "lightning", "timm", "albumentations", "numpy")
 
@@ -19,7 +21,8 @@ def provenance() -> dict[str, Any]:
         "commit": current_commit(),
         "versions": {name: version(name) for name in LIBRARIES},
         "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
+        # what scores somebody's detections does without torch, and in one thread
+        "threads": sys.modules["torch"].get_num_threads() if "torch" in sys.modules else 1,
     }
 
 
@@ -38,9 +41,11 @@ def current_commit() -> str | None:
         return None
 
 
-def hardware(device: torch.device, processes: int = 1) -> str:
+def hardware(device: "torch.device", processes: int = 1) -> str:
     """Return the name of the GPUs, one a process, or of the CPU and how many of its cores may be used."""
     if device.type == "cuda":
+        import torch
+
         return f"{processes} x {torch.cuda.get_device_name(device)}"
     return f"{available_cpus()} x {_cpu_name()}"
 

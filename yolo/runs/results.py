@@ -3,19 +3,24 @@
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from yolo.config import Config
 from yolo.files import write_json
 from yolo.runs.folder import RunFolder
 from yolo.runs.logbook import duration, read_metrics, summary_lines
 from yolo.runs.provenance import hardware, provenance
-from yolo.tasks.base import EvalSplit
 from yolo.viz.figures import evaluation_figures, plot_curves, save_figures
+
+if TYPE_CHECKING:  # scoring somebody's detections does without torch: two seconds less
+    import torch
+
+    from yolo.tasks.base import EvalSplit
 
 
 def result_record(measured: Mapping[str, Any], dataset: Any, **about: Any) -> dict[str, Any]:
@@ -32,7 +37,7 @@ def result_record(measured: Mapping[str, Any], dataset: Any, **about: Any) -> di
 
 
 def about_model(
-    cfg: Config, split: EvalSplit, device: torch.device, processes: int
+    cfg: Config, split: "EvalSplit", device: "torch.device", processes: int
 ) -> dict[str, Any]:
     """Return how the averaged weights were tested: what they saw, at which thresholds, on which machine."""
     names = ("score_threshold", "iou_threshold", "max_detections", "nms")
@@ -67,13 +72,27 @@ def write_evaluation(
     """Write `results.json`, every figure and picture to `plots/`, and all of it as TensorBoard events."""
     write_json(folder / "results.json", results)
     images = {**evaluation_figures(results), **pictures}
-    save_figures(images, folder / "plots")
-    with SummaryWriter(str(folder)) as tensorboard:
-        for name, value in results.items():
-            if isinstance(value, float):
-                tensorboard.add_scalar(f"evaluation/{name}", value, results.get("step") or 0)
-        for name, image in images.items():
-            tensorboard.add_image(name, image, results.get("step") or 0, dataformats="HWC")
+    files = save_figures(images, folder / "plots")
+    numbers = {name: value for name, value in results.items() if isinstance(value, float)}
+    values = [
+        *(Summary.Value(tag=f"evaluation/{name}", simple_value=numbers[name]) for name in numbers),
+        *(
+            Summary.Value(
+                tag=path.stem,
+                image=Summary.Image(
+                    height=images[path.stem].shape[0],
+                    width=images[path.stem].shape[1],
+                    colorspace=3,
+                    encoded_image_string=path.read_bytes(),
+                ),
+            )
+            for path in files
+        ),
+    ]
+    events = EventFileWriter(str(folder))
+    step = results.get("step") or 0
+    events.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+    events.close()
 
 
 def table(results: Mapping[str, Any], rows: list[tuple[str, Any]]) -> str:

@@ -33,6 +33,7 @@ BLUE, NAVY, ORANGE, GREEN, RED = "#2f6fbb", "#16365c", "#e07b39", "#3a9a5b", "#c
 # object, no-object, class accuracy
 GOALS = {"goal": (0.70, 0.95, 0.75), "better": (0.78, 0.98, 0.80)}
 MAX_NAMED_CLASSES = 30
+DPI = 130  # pixels per inch
 
 _BESIDE_TITLE: dict[str, Any] = {
     "loc": "lower right",
@@ -70,12 +71,13 @@ def evaluation_figures(results: Results) -> dict[str, np.ndarray]:
         }
 
 
-def save_figures(figures: Mapping[str, np.ndarray], folder: Path) -> None:
-    """Write each image as `<name>.png`."""
+def save_figures(figures: Mapping[str, np.ndarray], folder: Path) -> list[Path]:
+    """Write each image as `<name>.png`; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, image in figures.items():
         with replacing(folder / f"{name}.png") as temporary:
             temporary.write_bytes(cv2.imencode(".png", image[..., ::-1])[1].tobytes())
+    return [folder / f"{name}.png" for name in figures]
 
 
 def threshold_sweep(results: Results) -> Figure:
@@ -228,11 +230,13 @@ def confusion_matrix(results: Results) -> Figure:
     )
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    # 441 texts inside the axes need not be laid out
+    cell: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 6.5, "in_layout": False}
     for row, column in np.argwhere(counts):
         of_background = has_background and row == len(counts) - 1
         text = f"{counts[row, column]}" if of_background else f"{share[row, column] * 100:.0f}"
         color = "white" if share[row, column] > 0.55 else INK
-        axes.text(column, row, text, ha="center", va="center", color=color, fontsize=6.5)
+        axes.text(column, row, text, color=color, **cell)
     columns = [*names[:-1], "not found"] if has_background else names
     rows = [*names[:-1], "background (count)"] if has_background else names
     slanted: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
@@ -280,18 +284,29 @@ def picture_grid(
         columns: how many side by side.
     """
     rows = max(1, -(-len(tiles) // columns))
+    shape = max(image.shape[0] / image.shape[1] for image, _ in tiles)
+    # inches of a tile, its picture and its caption; to lay out axes for each would take a second
+    width, height, room = 2.4, 2.3 * shape, 0.42
+    size = (width * columns, (height + room) * rows + 0.4)
+    corners = [  # the middle of each picture's upper edge
+        (width * (k % columns + 0.5), 0.4 + room + (height + room) * (k // columns))
+        for k in range(len(tiles))
+    ]
     with matplotlib.rc_context(STYLE):
-        shape = max(image.shape[0] / image.shape[1] for image, _ in tiles)
-        figure = Figure(
-            figsize=(2.4 * columns, (2.2 * shape + 0.4) * rows + 0.4), layout="constrained"
-        )
-        figure.suptitle(title, fontweight="bold")
-        for axes in figure.subplots(rows, columns, squeeze=False).flat:
-            axes.set_axis_off()
-        for axes, (image, caption) in zip(figure.axes, tiles, strict=False):
-            axes.imshow(image)
-            axes.set_title(caption, fontsize=8, fontweight="normal", loc="center")
-        return _pixels(figure)
+        figure = Figure(figsize=size)
+        figure.text(0.5, 1 - 0.25 / size[1], title, ha="center", va="center", weight="bold")
+        for (x, y), (_, caption) in zip(corners, tiles, strict=True):
+            at = (x / size[0], 1 - (y - 0.04) / size[1])
+            figure.text(*at, caption, ha="center", va="bottom", fontsize=8)
+        canvas = _pixels(figure)
+    for (x, y), (image, _) in zip(corners, tiles, strict=True):
+        zoom = min((width - 0.1) / image.shape[1], height / image.shape[0]) * DPI
+        sides = [max(1, round(side * zoom)) for side in image.shape[1::-1]]
+        left, top = round(x * DPI - sides[0] / 2), round(y * DPI)
+        smooth = cv2.INTER_AREA if zoom < 1 else cv2.INTER_LINEAR
+        shown = cv2.resize(image, sides, interpolation=smooth)[: len(canvas) - top]
+        canvas[top : top + len(shown), left : left + sides[0]] = shown
+    return canvas
 
 
 def plot_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -349,7 +364,7 @@ def _series(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], l
 
 
 def _pixels(figure: Figure) -> np.ndarray:
-    figure.set_dpi(130)
+    figure.set_dpi(DPI)
     canvas = FigureCanvasAgg(figure)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # what the font lacks is drawn as a box
