@@ -28,11 +28,6 @@ def planned(
     )
 
 
-def test_a_schedule_belongs_to_its_optimizer(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="optimizer adam -> adamw"):
-        check_resume(planned(), planned(optimizer="adamw"), tmp_path / "schedule.txt")
-
-
 @pytest.mark.parametrize("anneal", ["cos", "linear"])
 @pytest.mark.parametrize("pct_start", [0.0, 0.2, 0.37, 1.0])
 @pytest.mark.parametrize("steps_per_epoch", [1, 3, 25])

@@ -68,7 +68,6 @@ ANCHOR_REFERENCE_SIZE = 416
 # What a stored configuration older than a key means: a default that changes later leaves it alone.
 UNSTORED: dict[str, Any] = {
     "loss": "reference",
-    "optimizer": "adam",
     "train_difficult": True,
     "nms": "standard",
 }
@@ -158,7 +157,7 @@ class ModelConfig:
     """Start from these weights: one of our checkpoints, a Darknet `.weights` file, or a torch state dict."""
 
 
-Assignment = Literal["reference", "paper", "fits", "fits-empty", "multi"]
+Assignment = Literal["reference", "paper", "multi"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,18 +168,16 @@ class LossSettings:
     object_weight: float = 1.0
     no_object_weight: float = 10.0
     class_weight: float = 1.0
-    no_object_norm: Literal["scale", "all", "positives"] = "scale"
     no_object_scales: tuple[float, ...] = (1.0, 1.0, 1.0)
     assignment: Assignment = "reference"
     ignore_iou: float = 0.5
     box_loss: Literal["mse", "ciou"] = "mse"
     object_target: Literal["iou", "one"] = "iou"
-    class_loss: Literal["softmax", "sigmoid"] = "softmax"
 
 
 LOSSES = {
     "reference": LossSettings(),
-    "ranked": LossSettings(no_object_norm="all", no_object_weight=20.0),
+    "ranked": LossSettings(no_object_scales=(1.0, 2.0, 4.0), box_loss="ciou", box_weight=4.0),
 }
 
 
@@ -189,22 +186,20 @@ class LossConfig:
     """A detector's loss: one of the named ones, and what is changed about it."""
 
     loss: Literal["reference", "ranked"] = "reference"
-    """`reference`: that of the course's code. `ranked`: empty cells weigh the same on all three scales, so
-    that scores of different scales can be compared. The flags below change one of its settings each."""
+    """`reference`: that of the course's code. `ranked`: empty cells of finer scales weigh more, so
+    that scores of different scales can be compared, and boxes learn by their overlap. The flags below
+    change one of its settings each."""
     box_weight: float | None = None
     object_weight: float | None = None
     no_object_weight: float | None = None
     class_weight: float | None = None
-    no_object_norm: Literal["scale", "all", "positives"] | None = None
-    """The no-object term is a mean over the empty cells of each `scale` (the three are added), of `all`
-    scales together, or their sum per positive cell (`positives`)."""
     no_object_scales: Annotated[Floats | None, Check(_fault_of_three)] = None
-    """Factors on the no-object terms of strides 32, 16 and 8, as in `1,1,0.5`."""
+    """Factors on the no-object terms of strides 32, 16 and 8, each a mean over the empty cells of its
+    scale, as in `1,2,4`."""
     assignment: Assignment | None = None
     """`reference`: the best free anchor of each scale is positive. `paper`: only the best of all
-    nine. `fits`: as the reference, but only of anchors within 4 times the object's sides; its cells
-    on other scales are ignored. `fits-empty`: they are empty. `multi`: every anchor that fits is
-    positive."""
+    nine. `multi`: every anchor within 4 times the object's sides; mAP gains, and class accuracy loses
+    on the cells that the reference would have taught."""
     ignore_iou: Share[float | None] = None
     """Anchors or, with `paper`, predictions that overlap a box by more than this are left out."""
     box_loss: Literal["mse", "ciou"] | None = None
@@ -212,8 +207,6 @@ class LossConfig:
     which wants a --box-weight of its own."""
     object_target: Literal["iou", "one"] | None = None
     """What objectness learns on positive cells: the overlap of its prediction, or 1."""
-    class_loss: Literal["softmax", "sigmoid"] | None = None
-    """One class excludes the others, or each is decided on its own."""
     train_difficult: bool = True
     """Train on objects that VOC flags as difficult; else their cells are taught to be empty."""
 
@@ -243,8 +236,6 @@ class ScheduleConfig:
     """Training sizes, one drawn per optimizer step, as in `320,416,512`."""
     test_size: Stride32[int | None] = None
     """Size of test images. Default: 416 if it is among img_sizes, else their middle value."""
-    optimizer: Literal["adam", "adamw"] = "adam"
-    """`adam` adds the decay to the gradient, `adamw` takes it off the weights (Loshchilov & Hutter 2019)."""
     max_lr: Positive[float | Literal["auto"]] = 1e-3
     """Peak of the one-cycle; `auto` takes it from a learning-rate range test."""
     pct_start: Probability = 0.2

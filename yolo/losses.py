@@ -48,9 +48,8 @@ def assign_targets(
     (boxes come in their order: the first takes the anchor); its other anchors whose shape IoU
     exceeds `ignore_iou` are ignored, unless another box takes them. `paper` (section 2.1): only the
     best of all nine anchors is positive, and the loss ignores predictions that overlap a box by
-    more than `ignore_iou`. `fits`: as the reference, but only among anchors that fit the box
-    (`FIT_RATIO`; the best of all nine if none does), and its cells on other scales are ignored;
-    `fits-empty`: they are empty. `multi`: as `fits`, but every anchor that fits is positive.
+    more than `ignore_iou`. `multi`: every anchor that fits the box is positive (`FIT_RATIO`; the
+    best of all nine if none does), and its cells on other scales are ignored.
 
     The index arithmetic stays on the CPU: a GPU would be asked how many cells are taken, and stall.
 
@@ -119,9 +118,7 @@ def _anchors_of_boxes(
     ratios = sizes[:, None, None] / anchors
     fits = torch.maximum(ratios, 1 / ratios).amax(-1) < FIT_RATIO
     fits |= best & ~fits.flatten(1).any(1)[:, None, None]
-    if rule != "fits-empty":
-        similar = similar | ~fits.any(-1, keepdim=True)
-    return overlaps.masked_fill(~fits, -1.0), similar
+    return overlaps.masked_fill(~fits, -1.0), similar | ~fits.any(-1, keepdim=True)
 
 
 def _take_all(cell: Tensor, overlaps: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,10 +211,7 @@ class YoloLoss(nn.Module):
             torch.stack(values) for values in zip(*sums, strict=True)
         )
         positives = counts[:, 0].clamp(min=1)
-        norm = counts[:, 1]
-        if settings.no_object_norm != "scale":
-            norm = counts[:, 1 if settings.no_object_norm == "all" else 0].sum()
-        per_cell = no_object * self.no_object_scales / norm.clamp(min=1)
+        per_cell = no_object * self.no_object_scales / counts[:, 1].clamp(min=1)
         return {
             "box": settings.box_weight * (box / positives).sum(),
             "object": settings.object_weight * (has_object / positives).sum(),
@@ -249,7 +243,12 @@ class YoloLoss(nn.Module):
             self._box_term(predicted[:, :4], target.boxes, anchors[anchor], cell, stride),
             has_object,
             (functional.softplus(output[..., 4]) * empty).sum(),
-            self._class_term(predicted[:, 5:], target.labels),
+            functional.cross_entropy(
+                predicted[:, 5:],
+                target.labels,
+                reduction="sum",
+                label_smoothing=self.label_smoothing,
+            ),
         )
 
     def _box_term(
@@ -263,17 +262,6 @@ class YoloLoss(nn.Module):
         predicted = torch.cat([raw[:, :2].sigmoid(), raw[:, 2:]], dim=1)
         encoded = encode_boxes(boxes, anchors, cell, stride).to(raw)
         return functional.mse_loss(predicted, encoded, reduction="sum") / 4
-
-    def _class_term(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the cross-entropy of the softmax, or of every class alone, summed."""
-        smoothing = self.label_smoothing
-        if self.settings.class_loss == "softmax":
-            return functional.cross_entropy(
-                logits, labels, reduction="sum", label_smoothing=smoothing
-            )
-        target = functional.one_hot(labels, logits.shape[1]).to(logits)
-        target = target * (1 - smoothing) + smoothing / logits.shape[1]
-        return functional.binary_cross_entropy_with_logits(logits, target, reduction="sum")
 
 
 def encode_boxes(boxes: Tensor, anchors: Tensor, cell: Tensor, stride: int) -> Tensor:

@@ -98,7 +98,7 @@ def plan_schedule(
 ) -> Schedule:
     """Plan the whole cycle: `cfg.epochs * steps_per_epoch` rows, rounded."""
     header = Schedule(
-        optimizer=cfg.optimizer,
+        optimizer="adam",
         global_batch=cfg.batch_size,
         grad_accum_steps=cfg.grad_accum_steps,
         ranks=ranks,

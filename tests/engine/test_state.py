@@ -22,19 +22,15 @@ def test_only_kernels_decay():
     assert count == len(list(network.parameters()))
 
 
-def test_adam_adds_the_decay_to_the_gradient_and_adamw_does_not():
+def test_adam_adds_the_decay_to_the_gradient():
     layer = torch.nn.Linear(1, 1, bias=False)
-    moved = {}
-    for name in ("adam", "adamw"):
-        torch.nn.init.ones_(layer.weight)
-        layer.weight.grad = torch.zeros(1, 1)
-        optimizer = make_optimizer(layer, Config(optimizer=name, weight_decay=0.1, max_lr=1e-3))
-        for group in optimizer.param_groups:
-            group["lr"] = 0.01
-        optimizer.step()
-        moved[name] = 1 - layer.weight.item()
-    assert moved["adam"] == pytest.approx(0.01, rel=1e-3)  # Adam makes a full step of any gradient
-    assert moved["adamw"] == pytest.approx(0.01 * 0.1, rel=1e-3)
+    torch.nn.init.ones_(layer.weight)
+    layer.weight.grad = torch.zeros(1, 1)
+    optimizer = make_optimizer(layer, Config(weight_decay=0.1, max_lr=1e-3))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    optimizer.step()
+    assert 1 - layer.weight.item() == pytest.approx(0.01, rel=1e-3)  # a full step of any gradient
 
 
 def test_no_flag_of_the_backbone_moves_a_parameter_in_a_checkpoint():

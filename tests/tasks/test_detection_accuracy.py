@@ -58,7 +58,7 @@ def test_difficult_objects_are_no_targets_and_stand_beside_it() -> None:
 
 
 def test_the_accuracies_do_not_depend_on_how_the_run_trains() -> None:
-    other = Config(assignment="paper", ignore_iou=0.9, train_difficult=False, class_loss="sigmoid")
+    other = Config(assignment="paper", ignore_iou=0.9, train_difficult=False)
     assert _accuracies(other) == _accuracies(Config())
 
 

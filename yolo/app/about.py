@@ -170,7 +170,7 @@ def _training(loaded: LoadedWeights) -> str:
     facts = [
         f"{config.epochs:g} epochs of `{config.train_split}` in batches of {config.batch_size}",
         f"images of {sizes} pixels",
-        f"{config.optimizer.capitalize()} with one cycle up to a rate of {config.max_lr:g}",
+        f"Adam with one cycle up to a rate of {config.max_lr:g}",
     ]
     if loaded.task == "detection" and config.mosaic_prob:
         facts.append(f"mosaics of four images on {config.mosaic_prob:.0%}")

@@ -161,8 +161,7 @@ def make_optimizer(network: nn.Module, cfg: Config) -> torch.optim.Adam:
                     "in_backbone": in_backbone,
                 }
                 groups.append(group)
-    optimizer = torch.optim.AdamW if cfg.optimizer == "adamw" else torch.optim.Adam
-    return optimizer(groups, fused=True)
+    return torch.optim.Adam(groups, fused=True)
 
 
 def freeze_backbone(state: State, cfg: Config) -> None:

@@ -96,7 +96,6 @@ class Trace:
     place: Letterbox
     height: int  # of the original image
     width: int
-    class_loss: str  # what makes probabilities of class logits: softmax or sigmoid
 
 
 @dataclass(frozen=True)
@@ -112,16 +111,13 @@ class Explanation:
     score: float  # the model's for `label` at this prediction; of a classifier the probability
 
 
-def trace_detector(
-    model: YoloV3, source: str | Path | np.ndarray, size: int, class_loss: str = "softmax"
-) -> Trace:
+def trace_detector(model: YoloV3, source: str | Path | np.ndarray, size: int) -> Trace:
     """Run the detector once and keep what its explanations need.
 
     Args:
         model: on any device; neither its mode nor its gradients are touched.
         source: an image file, or pixels [H, W, 3] uint8 RGB, of any shape.
         size: side of the network input, to which the image is letterboxed.
-        class_loss: `softmax` or `sigmoid`, as trained.
 
     Returns:
         The trace; its `outputs` are the model's, ready for `to_detections`.
@@ -131,15 +127,13 @@ def trace_detector(
     with torch.no_grad():
         neck_inputs, outputs = model.trace(image[None].to(next(model.parameters()).device))
     place = letterbox(height, width, size)
-    return Trace(model, image[None], neck_inputs, outputs, place, height, width, class_loss)
+    return Trace(model, image[None], neck_inputs, outputs, place, height, width)
 
 
 def trace_picture(loaded: LoadedWeights, source: str | Path | np.ndarray) -> Trace:
-    """As `trace_detector`, with the network, the size and the loss of a loaded detector."""
+    """As `trace_detector`, with the network and the size of a loaded detector."""
     assert isinstance(loaded.model, YoloV3)
-    return trace_detector(
-        loaded.model, source, loaded.test_size, loaded.config.loss_settings.class_loss
-    )
+    return trace_detector(loaded.model, source, loaded.test_size)
 
 
 def explain_detections(
@@ -198,9 +192,7 @@ def explain_cells(
             trace, start, [cells[i] for i in boxes], [values[i] for i in boxes], method
         )
     raws = [trace.outputs[cell.scale][0, cell.anchor, cell.row, cell.column] for cell in cells]
-    scores = [
-        float(_log_scores(trace, raw)[label].exp()) for raw, label in zip(raws, labels, strict=True)
-    ]
+    scores = [float(_log_scores(raw)[label].exp()) for raw, label in zip(raws, labels, strict=True)]
     return [
         Explanation(*_in_original(heat, trace), method, target, _layer_name(start), label, score)
         for heat, start, label, score in zip(heats, starts, labels, scores, strict=True)
@@ -220,11 +212,11 @@ def explain_class(trace: Trace, label: int, settings: CamSettings = DETECTOR_CAM
     method, layer = settings.method, settings.layer
     _check(method, METHODS, "method")
     scales = range(len(STRIDES)) if layer in ("auto", "fused") else [_scale_of(layer)]
-    log_scores = [_log_scores(trace, trace.outputs[scale])[..., label] for scale in scales]
+    log_scores = [_log_scores(trace.outputs[scale])[..., label] for scale in scales]
     shares = torch.stack([values.logsumexp((0, 1, 2, 3)) for values in log_scores]).softmax(0)
     heat = np.zeros((trace.place.size, trace.place.size), dtype=np.float32)
     for scale, share in zip(scales, shares.tolist(), strict=True):
-        value = [lambda raw: _log_scores(trace, raw)[..., label].logsumexp(0)]
+        value = [lambda raw: _log_scores(raw)[..., label].logsumexp(0)]
         heat += share * _tail_maps(trace, Tail(trace, scale, scale), value, method)[0]
     best = max(float(values.max().exp()) for values in log_scores)
     return Explanation(
@@ -295,7 +287,7 @@ def responsible_cell(box: Tensor, anchors: Tensor, size: int) -> Cell:
 
 def likeliest_class(trace: Trace) -> int:
     """Return the class of the highest score: what to explain when nothing was detected."""
-    scores = [_log_scores(trace, raw).flatten(0, -2).amax(0) for raw in trace.outputs]
+    scores = [_log_scores(raw).flatten(0, -2).amax(0) for raw in trace.outputs]
     return int(torch.stack(scores).amax(0).argmax())
 
 
@@ -405,20 +397,16 @@ def _pixels_32(model: ResNet, image: np.ndarray) -> Tensor:
 
 def _cell_value(trace: Trace, label: int, target: str) -> Value:
     if target == "score":
-        return lambda raw: _log_scores(trace, raw)[..., label]
+        return lambda raw: _log_scores(raw)[..., label]
     return lambda raw: raw[4 if target == "object" else 5 + label]
 
 
-def _log_scores(trace: Trace, raw: Tensor) -> Tensor:
+def _log_scores(raw: Tensor) -> Tensor:
     """Return log(objectness x class probabilities) of raw predictions [..., 5 + C]: [..., C].
 
     Unlike that of the score its gradient does not die near 0 and 1.
     """
-    classes = raw[..., 5:]
-    log_probs = (
-        functional.logsigmoid(classes) if trace.class_loss == "sigmoid" else classes.log_softmax(-1)
-    )
-    return functional.logsigmoid(raw[..., 4:5]) + log_probs
+    return functional.logsigmoid(raw[..., 4:5]) + raw[..., 5:].log_softmax(-1)
 
 
 def _cell_maps(

@@ -79,7 +79,7 @@ class DetectedObject:
             [letterboxed(image, self.trace.place.size).image for image in images]
         )
         outputs = self.trace.model(canvases.to(self.anchors.device))
-        boxes, objectness, class_probs = decode(outputs, self.anchors, self.trace.class_loss)
+        boxes, objectness, class_probs = decode(outputs, self.anchors)
         overlap = box_iou(self.found_box[None], boxes.flatten(0, 1)).view(objectness.shape)
         return (overlap * objectness * class_probs[..., self.label]).amax(1).cpu().numpy()
 

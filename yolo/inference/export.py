@@ -25,17 +25,16 @@ PARITY = 1e-3
 class ExportedDetector(nn.Module):
     """The detector with decoding: everything but non-maximum suppression."""
 
-    def __init__(self, network: nn.Module, anchors: Tensor, class_loss: str) -> None:
+    def __init__(self, network: nn.Module, anchors: Tensor) -> None:
         super().__init__()
         self.network = network
         self.register_buffer("anchors", anchors)
-        self.class_loss = class_loss
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Map images [B, 3, H, W] to boxes [B, N, 4] (xyxy, input pixels) and scores [B, N, C]."""
         outputs = self.network(images)
         anchors = cast(Tensor, self.anchors)
-        boxes, objectness, class_probs = decode(outputs, anchors, self.class_loss)
+        boxes, objectness, class_probs = decode(outputs, anchors)
         return boxes, objectness[..., None] * class_probs
 
 
@@ -117,8 +116,7 @@ def _with_readable_outputs(loaded: LoadedWeights) -> tuple[nn.Module, list[str]]
     network = fuse(loaded.model).cpu().float()
     if loaded.anchors is None:
         return ExportedClassifier(network).eval(), ["probabilities"]
-    class_loss = loaded.config.loss_settings.class_loss
-    return ExportedDetector(network, loaded.anchors.cpu(), class_loss).eval(), ["boxes", "scores"]
+    return ExportedDetector(network, loaded.anchors.cpu()).eval(), ["boxes", "scores"]
 
 
 def _example(loaded: LoadedWeights, batch: int = 2) -> Tensor:

@@ -190,15 +190,12 @@ def place_boxes(raw: Tensor, anchors: Tensor, cells: Tensor, stride: int) -> Ten
     return torch.cat([centres - halves, centres + halves], dim=-1)
 
 
-def decode(
-    outputs: Sequence[Tensor], anchors: Tensor, class_loss: str = "softmax"
-) -> tuple[Tensor, Tensor, Tensor]:
+def decode(outputs: Sequence[Tensor], anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Flatten all scales into boxes, objectness and class probabilities.
 
     Args:
         outputs: three [B, A, H, W, 5 + C], coarse to fine.
         anchors: [3, A, 2] pixels.
-        class_loss: `softmax` or `sigmoid`, as trained.
 
     Returns:
         boxes [B, N, 4] xyxy pixels, objectness [B, N] and class probabilities [B, N, C], N over
@@ -209,8 +206,7 @@ def decode(
         for output, scale_anchors, stride in zip(outputs, anchors, STRIDES, strict=True)
     ]
     logits = torch.cat([output[..., 4:].flatten(1, 3) for output in outputs], dim=1).float()
-    classes = logits[..., 1:].sigmoid() if class_loss == "sigmoid" else logits[..., 1:].softmax(-1)
-    return torch.cat(boxes, dim=1), logits[..., 0].sigmoid(), classes
+    return torch.cat(boxes, dim=1), logits[..., 0].sigmoid(), logits[..., 1:].softmax(-1)
 
 
 def postprocess(
@@ -222,7 +218,6 @@ def postprocess(
     max_detections: int,
     all_classes: bool = False,
     nms: Literal["standard", "merge"] = "standard",
-    class_loss: str = "softmax",
 ) -> list[dict[str, Tensor]]:
     """Decode a whole batch, apply the threshold, and suppress overlapping boxes of the same class.
 
@@ -237,7 +232,7 @@ def postprocess(
         `labels` [K], and `index` [K], the place of each among the N predictions of `decode`; K <=
         `max_detections`.
     """
-    boxes, objectness, class_probs = decode(outputs, anchors, class_loss)
+    boxes, objectness, class_probs = decode(outputs, anchors)
     scores = objectness[..., None] * class_probs
     return [
         _suppress(*image, score_threshold, iou_threshold, max_detections, all_classes, nms)
@@ -261,7 +256,7 @@ def to_detections(
     Args:
         outputs: three [B, A, H, W, 5 + C] of square, letterboxed images.
         anchors: [3, A, 2] pixels.
-        config: `class_loss`, `nms` and the two limits that are not given here.
+        config: `nms` and the two limits that are not given here.
         sizes: (height, width) of each original image; without them the boxes stay as they are.
         score_threshold: as in `postprocess`.
         iou_threshold: likewise; default `config.iou_threshold`.
@@ -280,7 +275,6 @@ def to_detections(
         max_detections=config.max_detections if max_detections is None else max_detections,
         all_classes=all_classes,
         nms=config.nms,
-        class_loss=config.loss_settings.class_loss,
     )
     if sizes is None:
         return detected

@@ -44,8 +44,7 @@ class CalibrationData:
     def update(self, outputs: Sequence[Tensor], targets: Sequence[Mapping[str, Any]]) -> None:
         """Add one batch of raw outputs and the targets of `EvalSamples`."""
         config, anchors = self.split.config, self.split.anchors
-        class_loss = config.loss_settings.class_loss
-        probs = decode(outputs, anchors.to(outputs[0].device), class_loss)[2]
+        probs = decode(outputs, anchors.to(outputs[0].device))[2]
         logits = torch.cat([output[..., 4].flatten(1) for output in outputs], dim=1).float()
         ends = torch.tensor([output[0, ..., 4].numel() for output in outputs]).cumsum(0)
         detected = all_detections(outputs, anchors, config, targets)
