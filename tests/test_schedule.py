@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from yolo.config import ScheduleConfig
+from yolo.config import OptimizerConfig
 from yolo.errors import UserError
 from yolo.schedule import (
     Schedule,
@@ -22,7 +22,7 @@ from yolo.schedule import (
 def planned(
     steps_per_epoch: int = 25, ranks: int = 1, digest: str = "abc", **settings: object
 ) -> Schedule:
-    cfg = ScheduleConfig(**{"epochs": 4, "batch_size": 8, **settings})  # type: ignore[arg-type]
+    cfg = OptimizerConfig(**{"epochs": 4, "batch_size": 8, **settings})  # type: ignore[arg-type]
     return plan_schedule(
         cfg, ranks=ranks, dataset_size=200, dataset_digest=digest, steps_per_epoch=steps_per_epoch
     )

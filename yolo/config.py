@@ -219,7 +219,7 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
+class OptimizerConfig:
     """Optimiser and the one-cycle."""
 
     epochs: Positive[int | float] = 40
@@ -317,7 +317,7 @@ class Config(
     LogConfig,
     PostprocessConfig,
     HardwareConfig,
-    ScheduleConfig,
+    OptimizerConfig,
     LossConfig,
     ModelConfig,
     AugmentConfig,

@@ -12,7 +12,7 @@ import pytest
 
 import train
 from yolo.config import Config
-from yolo.data import labelled
+from yolo.data import classifier_images
 from yolo.data.class_names import VOC_CLASSES
 from yolo.data.layouts import Reading, recognise
 from yolo.data.sources import open_dataset, open_datasets
@@ -128,7 +128,7 @@ def test_polygons_of_coco_become_their_boxes_and_crowds_are_left_out_with_a_line
 def test_class_folders_are_recognised_and_read(name: str, tmp_path: Path):
     found = recognise(layouts.make(name, tmp_path / "data"))
     assert (found.dataset, Path(found.config).stem) == ("images", "cifar10")
-    train_set, test_set = labelled.open_datasets(config_of(found))
+    train_set, test_set = classifier_images.open_datasets(config_of(found))
     assert {*train_set.class_names} == {*layouts.NAMES}
     if "without" not in name:
         assert (len(train_set), len(test_set)) == (10, 3)

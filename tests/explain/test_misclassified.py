@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from yolo.config import DataConfig
-from yolo.data.labelled import open_datasets
+from yolo.data.classifier_images import open_datasets
 from yolo.explain import misclassified
 from yolo.explain.misclassified import GAP, TILE, misclassified_grid
 from yolo.metrics.classification import ClassificationMetrics

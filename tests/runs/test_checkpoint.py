@@ -13,7 +13,6 @@ from yolo import files
 from yolo.errors import UserError
 from yolo.runs.checkpoint import (
     CheckpointWriter,
-    checkpoint_name,
     find_newest,
     load_checkpoint,
     prune_checkpoints,
@@ -21,7 +20,7 @@ from yolo.runs.checkpoint import (
     save_checkpoint,
     set_aside,
 )
-from yolo.runs.folder import list_checkpoints, step_of
+from yolo.runs.folder import checkpoint_name, list_checkpoints, step_of
 
 
 def content(step: int, value: float = 0.0) -> dict[str, Any]:

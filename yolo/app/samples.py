@@ -20,10 +20,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from yolo.config import Config
+from yolo.data.classifier_images import ImageDataset
+from yolo.data.classifier_images import open_dataset as open_images
 from yolo.data.dataset import Annotation, DetectionDataset
 from yolo.data.digits import write_digits
-from yolo.data.labelled import ImageDataset
-from yolo.data.labelled import open_dataset as open_images
 from yolo.data.sources import open_dataset
 from yolo.data.voc import read_voc
 from yolo.files import write_json

@@ -1,6 +1,6 @@
 """The detection data set that every source becomes, and the one place where its defects are found.
 
-A source (`voc`, `csv`, `yolo`, `digits`) only says what its files contain, as `RawAnnotation`;
+A source (the readers of layouts.py) only says what its files contain, as `RawAnnotation`;
 `assemble` checks headers, boxes and class names, and `read_rgb` decodes pixels.
 """
 

@@ -1,7 +1,9 @@
 """The layouts of data that are known: how each is recognised by its files, and which reader it has.
 
-Whoever gives `--data-root` alone need not know what a layout is called. Recognising looks at names,
-and into few small files; it is quick, and imports nothing that decodes pictures.
+A new one is a `find_*` and a row of `LAYOUTS` here, a reader such as coco.py, and its name in
+`--dataset` (config.py, evaluate.py). Whoever gives `--data-root` alone need not know what a layout
+is called. Recognising looks at names, and into few small files; it is quick, and imports nothing
+that decodes pictures.
 """
 
 import re

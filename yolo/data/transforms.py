@@ -1,4 +1,4 @@
-"""The augmentations of a training canvas, by albumentations, with the sample's random stream."""
+"""The augmentations of a detector's training canvas, by albumentations, with the sample's random stream."""
 
 import math
 import os

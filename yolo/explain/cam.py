@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from yolo.boxes import Letterbox, boxes_to_letterbox, letterbox, shape_iou
+from yolo.data.classifier_images import to_32
 from yolo.data.images import letterboxed
-from yolo.data.labelled import to_32
 from yolo.errors import UsageError
 from yolo.models.resnet import ResNet
 from yolo.models.yolov3 import STRIDES, YoloV3

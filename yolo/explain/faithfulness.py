@@ -21,9 +21,9 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
+from yolo.data.classifier_images import ImageDataset, to_32
 from yolo.data.dataset import Annotation, DetectionDataset
 from yolo.data.images import letterboxed
-from yolo.data.labelled import ImageDataset, to_32
 from yolo.explain.cam import (
     CamSettings,
     Cell,

@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 
-from yolo.data.labelled import ImageDataset
+from yolo.data.classifier_images import ImageDataset
 from yolo.explain.cam import explain_classification, overlay
 from yolo.metrics.classification import ClassificationMetrics
 from yolo.models.resnet import ResNet

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from yolo.data.classifier_images import to_32
 from yolo.data.dataset import read_rgb
 from yolo.data.images import letterboxed
-from yolo.data.labelled import to_32
 from yolo.errors import UsageError, UserError
 from yolo.files import replacing, write_json
 from yolo.inference.fast import prepare

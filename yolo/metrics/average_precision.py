@@ -1,6 +1,7 @@
 """Average precision by the rules of VOC 2007 (11 points), VOC 2010+ (area) and COCO (50:95).
 
-AP of a class without objects is undefined: it is None, and the mean leaves the class out.
+AP of a class without objects is undefined: it is None, and the mean leaves the class out. The rows
+of `per_class` in results.json are made here; class accuracy by class is in cell_accuracy.py.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -25,7 +25,7 @@ from yolo.config import Config, ResolvedConfig, parse_interval
 from yolo.errors import UserError
 from yolo.files import bundled, find, replacing
 from yolo.models.build import build_model
-from yolo.runs.folder import RunFolder, list_checkpoints, step_of
+from yolo.runs.folder import RunFolder, checkpoint_name, list_checkpoints, step_of
 
 FORMAT_VERSION = 1
 BEST_FILE = "best.txt"
@@ -63,11 +63,6 @@ class LoadedWeights:
     def test_size(self) -> int:
         """Side in pixels of the square input that the anchors belong to."""
         return self.config.resolved_test_size
-
-
-def checkpoint_name(epoch: int, step: int, lr: float) -> str:
-    """Return the name of a checkpoint, which carries the schedule's value."""
-    return f"epoch{epoch:03d}-step{step:06d}-lr{lr:.3e}.ckpt"
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:

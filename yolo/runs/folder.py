@@ -200,6 +200,11 @@ def newest_run() -> Path | None:
     return files and files.parent.parent
 
 
+def checkpoint_name(epoch: int, step: int, lr: float) -> str:
+    """Return the name of a checkpoint, which carries the schedule's value."""
+    return f"epoch{epoch:03d}-step{step:06d}-lr{lr:.3e}.ckpt"
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a `checkpoints/` folder, oldest first (by step)."""
     return sorted(folder.glob(CHECKPOINTS), key=step_of)

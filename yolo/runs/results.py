@@ -1,4 +1,8 @@
-"""An evaluation on the disk and on the terminal: `results.json`, plots, TensorBoard, a table."""
+"""An evaluation on the disk and on the terminal: `results.json`, plots, TensorBoard, a table.
+
+The measured numbers come from yolo/metrics; lines of a training alone are added by `Run.finish`, of
+evaluate.py alone by its `measure`.
+"""
 
 import time
 from collections.abc import Iterator, Mapping

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from yolo.config import Config
-from yolo.data.labelled import IMAGE_SIZE, ImageDataset, open_dataset, open_datasets
-from yolo.data.labelled_samples import EvalImages, TrainImages, collate_images
+from yolo.data.classifier_images import IMAGE_SIZE, ImageDataset, open_dataset, open_datasets
+from yolo.data.classifier_samples import EvalImages, TrainImages, collate_images
 from yolo.errors import UsageError
 from yolo.metrics.classification import ClassificationMetrics
 from yolo.models.build import build_model

@@ -1,4 +1,4 @@
-"""Small labelled images in memory: CIFAR-10 (binary), a folder per class, scikit-learn's digits.
+"""The classifier's images, in memory: CIFAR-10 (binary), a folder per class, scikit-learn's digits.
 
 All three end as one uint8 array [N, 32, 32, 3]: 50,000 images are 154 MB, which forked workers
 share. Binary format: https://www.cs.toronto.edu/~kriz/cifar.html (Krizhevsky 2009).

@@ -17,10 +17,10 @@ from torchmetrics.functional.classification import (
 )
 
 from yolo.config import AugmentConfig, DataConfig
-from yolo.data import labelled
+from yolo.data import classifier_images
 from yolo.data.archives import read_members
-from yolo.data.labelled import open_dataset, open_datasets
-from yolo.data.labelled_samples import EvalImages, TrainImages, collate_images
+from yolo.data.classifier_images import open_dataset, open_datasets
+from yolo.data.classifier_samples import EvalImages, TrainImages, collate_images
 from yolo.data.samplers import SampleKey
 from yolo.errors import UsageError, UserError
 from yolo.metrics.classification import ClassificationMetrics
@@ -170,11 +170,11 @@ def test_a_truncated_archive_is_named(class_folders: Path, tmp_path: Path) -> No
 
 @pytest.fixture
 def binary_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(labelled, "IMAGES_PER_BATCH_FILE", 7)
+    monkeypatch.setattr(classifier_images, "IMAGES_PER_BATCH_FILE", 7)
     folder = tmp_path / "cifar-10-batches-bin"
     folder.mkdir()
-    for name in (*labelled.BATCH_FILES["train"], *labelled.BATCH_FILES["test"]):
-        records = RNG.integers(0, 10, (7, labelled.RECORD_BYTES), np.uint8)
+    for name in (*classifier_images.BATCH_FILES["train"], *classifier_images.BATCH_FILES["test"]):
+        records = RNG.integers(0, 10, (7, classifier_images.RECORD_BYTES), np.uint8)
         records[0] = np.r_[[6], [11] * 1024, [22] * 1024, [33] * 1024]  # a frog in one colour
         (folder / name).write_bytes(records.tobytes())
     return tmp_path
@@ -191,7 +191,7 @@ def test_the_binary_version_is_parsed_record_by_record(binary_root: Path) -> Non
     assert (train.image(0) == (11, 22, 33)).all()
     raw = np.fromfile(binary_root / "cifar-10-batches-bin/data_batch_2.bin", np.uint8)
     assert train.image(8)[3, 5].tolist() == [
-        raw[labelled.RECORD_BYTES + 1 + 1024 * c + 3 * 32 + 5] for c in range(3)
+        raw[classifier_images.RECORD_BYTES + 1 + 1024 * c + 3 * 32 + 5] for c in range(3)
     ]
     assert train.image_ids[8] == "data_batch_2.bin:1"
 
@@ -245,7 +245,7 @@ def test_the_augmentations_fire_independently_at_their_probabilities() -> None:
     ramp = np.broadcast_to(np.arange(32, dtype=np.uint8)[None, :, None], (32, 32, 3))
     images = np.stack([ramp] * 600)
     marked = TrainImages(
-        labelled.ImageDataset(
+        classifier_images.ImageDataset(
             images, train.labels[:600], train.class_names, train.image_ids[:600], [], ""
         ),
         AugmentConfig(aug_crop=0.0, aug_flip=0.5, aug_cutout=0.5),
@@ -314,7 +314,7 @@ def test_the_official_files_have_50000_and_10000_images(cifar10_root: Path) -> N
         DataConfig(task="classification", dataset="cifar10", data_root=str(cifar10_root))
     )
     assert (len(train), len(test)) == (50_000, 10_000)
-    assert train.class_names == labelled.CIFAR10_CLASSES
+    assert train.class_names == classifier_images.CIFAR10_CLASSES
     assert np.bincount(train.labels).tolist() == [5000] * 10
 
 

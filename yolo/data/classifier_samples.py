@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from yolo.config import AugmentConfig
-from yolo.data.labelled import IMAGE_SIZE, ImageDataset
+from yolo.data.classifier_images import IMAGE_SIZE, ImageDataset
 from yolo.data.samplers import SampleKey
 
 CROP_PADDING = 4
