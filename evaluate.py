@@ -376,7 +376,8 @@ def output_folder(args: EvaluateArgs, kind: str, checkpoint: Path = Path()) -> P
     """Return `--out-dir`, or a new folder in the run that the checkpoint belongs to."""
     if args.out_dir is not None:
         return Path(args.out_dir)
-    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else Path("runs")
+    homes = (checkpoint.parent.parent, checkpoint.parent)
+    run = next((home for home in homes if (home / "config.yaml").is_file()), Path("runs"))
     return run / kind / time.strftime("%Y%m%d-%H%M%S")
 
 

@@ -77,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # torch takes seconds to import: not before the arguments are known to be right
     from yolo.check_data import check_data
+    from yolo.data.splits import parse_split
     from yolo.engine.fabric import make_fabric
     from yolo.engine.stopping import StopRequest
 
@@ -87,6 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     fabric.seed_everything(cfg.seed, verbose=False)
     if found and not plan.stored_config:
         fabric.print(f"recognised   {found}: trained on by {config_file}")
+        if parse_split(cfg.train_split)[1]:
+            fabric.print(
+                f"validation   {cfg.val_fraction:.0%} of the pictures, drawn by their names "
+                "(--val-fraction), choose the best weights"
+            )
     if args.check_data:
         return 1 if fabric.is_global_zero and check_data(cfg, plan.folder.path, fabric.print) else 0
     return assemble(args, plan, cfg, fabric, scaler, stop)
@@ -125,7 +131,15 @@ def parse_args(
         train_split = cli.value_of("--train-split", argv)
         settings = found.settings(float(share), train_split)
         args = cli.parse(TrainArgs, argv, __doc__ or "", config_file, settings)
-    return replace(args, data_root=str(found.root)) if found else args
+    if found:
+        args = replace(args, data_root=str(found.root))
+    planned = {"--epochs", "--train-steps", "--train-time"}
+    given = {name for name in planned if cli.value_of(name, argv)}
+    if given and "--train-time" not in given:  # the plain plan goes over that of a file
+        args = replace(args, train_time=None)
+    if given == {"--epochs"}:
+        args = replace(args, train_steps=None)
+    return args
 
 
 def locate_run(argv: Sequence[str], config_name: str) -> RunPlan:
@@ -150,6 +164,7 @@ def assemble(
     """Open the data, build every part, take over the checkpoint, and train; return the exit code."""
     from yolo.engine import loaders, tuning
     from yolo.engine.fabric import ranks_per_node
+    from yolo.engine.memory import fit_memory
     from yolo.engine.state import make_state
     from yolo.runs.mirror import Mirror
     from yolo.runs.pretrained import start_weights
@@ -158,6 +173,8 @@ def assemble(
     from yolo.tasks.build import build_task
 
     folder, log, is_writer = plan.folder, fabric.print, fabric.is_global_zero
+    if config.fit_memory and not plan.stored_config:
+        config = fit_memory(fabric, config)
     with (
         fabric.rank_zero_first(local=True) if config.download else nullcontext()
     ):  # one process fetches
@@ -165,7 +182,7 @@ def assemble(
     checkpoint = open_checkpoint(plan, fabric)
     if not checkpoint and not args.plan_only:
         with fabric.rank_zero_first(local=True):  # one process fetches
-            for line in start_weights(task.model, config):
+            for line in start_weights(task.model, config, task.class_names):
                 log(line)
     cfg = tuning.resolve(fabric, scaler, task, folder.path, checkpoint)
     task = task.with_config(cfg)
@@ -228,12 +245,15 @@ def train(
         if any(agree(fabric, at_end or reason is not None or run.save_is_due(state.step))):
             run.save()
         if reason is not None:
+            if reason == "--max-time":
+                model, split = state.ema.module, task.eval_split
+                run.report_stop(loop.measure(fabric, model, split, eval_loader, full=True) or {})
             run.close()
             fabric.barrier()  # when one rank exits, launchers kill the others: not before rank 0 wrote
             stopped = f"stopped by {reason} at step {state.step} of {run.end}"
             fabric.print(f"{stopped}; continue with --resume {run.folder.path}")
             return EXIT_CODES[reason]
-    run.finish(results)
+    run.finish(loop.headline(fabric, state, task, run, results))
     return 0
 
 

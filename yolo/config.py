@@ -226,6 +226,8 @@ class OptimizerConfig:
     """Passes over the training images; a part of one counts, as in 2.5."""
     train_time: Annotated[str | None, tyro.conf.arg(metavar="30m")] = None
     """Measure the speed first, then plan as many epochs as end, tests included, after this long."""
+    train_steps: Positive[int | None] = None
+    """Plan the cycle for this many optimizer steps instead of --epochs; with --train-time: at most."""
     max_steps: Positive[int | None] = None
     """End after this many optimizer steps; the schedule stays as planned."""
     batch_size: Positive[int | Literal["auto"]] = 16
@@ -234,6 +236,8 @@ class OptimizerConfig:
     """Micro-batches per optimizer step."""
     img_sizes: Sizes = (416,)
     """Training sizes, one drawn per optimizer step, as in `320,416,512`."""
+    fit_memory: bool = False
+    """Take smaller batches, then smaller images, where the free memory does not hold what is asked for."""
     test_size: Stride32[int | None] = None
     """Size of test images. Default: 416 if it is among img_sizes, else their middle value."""
     max_lr: Positive[float | Literal["auto"]] = 1e-3
@@ -303,8 +307,11 @@ class LogConfig:
     """Epochs between pictures in TensorBoard. Default: the first and the last epoch."""
     eval_every: Positive[int] = 1
     """Epochs between evaluations of the accuracies."""
-    map_every: Positive[int | Literal["last"]] = "last"
-    """Epochs between computations of mAP; `last` does it once, at the end."""
+    tests: Positive[int | None] = None
+    """So many tests, evenly spread over the run, in place of --eval-every."""
+    map_every: Positive[int | Literal["test", "last"]] = "last"
+    """Epochs between computations of mAP; `test` does it with each test, which then chooses the best
+    checkpoint by it, and keeps it as `best.safetensors`; `last` does it once, at the end."""
     save_every: Annotated[str, tyro.conf.arg(metavar="STEPS|10m")] = "10m"
     """Optimizer steps, or time as in `90s 10m 2h`, between checkpoints; the best test so far and the end
     of the run are saved as well."""
@@ -348,6 +355,19 @@ class Config(
             return self.test_size
         sizes = sorted(self.img_sizes)
         return 416 if 416 in sizes else sizes[len(sizes) // 2]
+
+    @property
+    def maps_each_test(self) -> bool:
+        """Whether each test computes mAP, which then says what is best."""
+        every = self.map_every
+        return every == "test" or (
+            every != "last" and not self.tests and self.eval_every % every == 0
+        )
+
+    def map_is_due(self, epoch: int) -> bool:
+        """Return whether a test after so many epochs computes mAP."""
+        every = self.map_every
+        return every == "test" or (every != "last" and epoch % every == 0)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types only (sizes as lists), fit for YAML and for a checkpoint."""

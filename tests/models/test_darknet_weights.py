@@ -23,6 +23,7 @@ from yolo.models.darknet_weights import (
 )
 from yolo.models.resnet import ResNet
 from yolo.models.yolov3 import YoloV3
+from yolo.runs.checkpoint import save_checkpoint, save_weights
 from yolo.runs.pretrained import init_weights
 
 WIDTH = 0.125
@@ -266,7 +267,6 @@ def test_unfit_torch_files_are_refused_in_one_line(tmp_path: Path) -> None:
 
 
 def test_our_own_files_are_a_start(tmp_path: Path) -> None:
-    from yolo.runs.checkpoint import save_checkpoint, save_weights
 
     source, model = _random_model(seed=1), _random_model(seed=2)
     content = {"model": {}, "ema": source.state_dict(), "config": {}, "classes": ["a", "b", "c"]}
@@ -291,3 +291,21 @@ def test_a_detector_for_other_classes_keeps_where_and_whether_there_is_an_object
     now = _state(model)["heads.0.1.weight"].view(3, 7, -1)
     assert torch.equal(now[:, :5], theirs[:, :5]) and torch.equal(now[:, 5:], own[:, 5:])
     assert "start anew (heads.0.1.weight" in report.lines()[-1]
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "ckpt"])
+def test_classes_that_share_a_name_keep_their_outputs(kind: str, tmp_path: Path) -> None:
+    source, model = YoloV3(3, WIDTH), YoloV3(3, WIDTH)
+    own, path = _state(model)["heads.1.1.bias"].view(3, 8), tmp_path / f"three.{kind}"
+    if kind == "ckpt":
+        names = ["cat", "dog", "cow"]
+        weights = {"model": source.state_dict(), "ema": source.state_dict(), "classes": names}
+        save_checkpoint(path, weights)
+    else:
+        save_weights(path, source.half().float(), Config(), ("cat", "dog", "cow"), None, {})
+    report = init_weights(model, path, ["Cow", "sheep", "cat"])
+    theirs, now = (_state(net)["heads.1.1.bias"].view(3, 8) for net in (source, model))
+    assert torch.equal(now[:, :5], theirs[:, :5])  # where, and whether there is an object
+    assert torch.equal(now[:, 5], theirs[:, 7]) and torch.equal(now[:, 7], theirs[:, 5])
+    assert torch.equal(now[:, 6], own[:, 6])
+    assert "2 share a name and keep their outputs" in report.lines()[-1]

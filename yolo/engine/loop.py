@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from yolo.config import Config
 from yolo.engine.fabric import (
     Fabric,
     agree,
@@ -17,10 +18,12 @@ from yolo.engine.fabric import (
     gather,
     sum_over_ranks,
 )
+from yolo.engine.loaders import make_eval_loader
 from yolo.engine.meter import Meter
 from yolo.engine.state import State, freeze_backbone
 from yolo.engine.stopping import StopRequest
 from yolo.errors import UserError
+from yolo.runs.checkpoint import load_weights
 from yolo.runs.logbook import Progress
 from yolo.runs.run import Run
 from yolo.tasks.base import EvalSplit, Metrics, Task
@@ -104,8 +107,10 @@ def train_one_epoch(
             meter.count(micro_batches)
             if state.step % cfg.log_every == 0 or state.step == run.end:
                 meter.log()
-            if state.batch == schedule.steps_per_epoch:
-                state.epoch, state.batch, state.evaluation_due = state.epoch + 1, 0, True
+            epoch_ends = state.batch == schedule.steps_per_epoch
+            if epoch_ends:
+                state.epoch, state.batch = state.epoch + 1, 0
+            state.evaluation_due = epoch_ends or test_is_due(cfg, state, len(schedule))
             stopping, saving = agree(fabric, stop.reason is not None, run.save_is_due(state.step))
             if state.step == run.end or stopping or state.evaluation_due:
                 return  # if a save is due as well, the test comes first
@@ -121,31 +126,35 @@ def train_one_epoch(
         meter.close()
 
 
+def test_is_due(cfg: Config, state: State, steps: int) -> bool:
+    """Return whether the weights are to be tested now, in a run of so many steps."""
+    if cfg.tests:
+        return state.step % max(1, round(steps / cfg.tests)) == 0
+    return state.batch == 0 and state.epoch % cfg.eval_every == 0
+
+
 def evaluate_if_due(
     fabric: Fabric, state: State, task: Task, loader: DataLoader, stop: StopRequest, run: Run
 ) -> dict[str, Any] | None:
     """Test the averaged weights if that is due (at the end it is); None if not, or if stopped."""
     cfg = task.config
     at_end = state.step >= run.end
-    if not at_end and (not state.evaluation_due or state.epoch % cfg.eval_every):
+    is_due = state.evaluation_due and test_is_due(cfg, state, len(run.schedule))
+    if not at_end and not is_due:
         state.evaluation_due = False
         return None
-    full = at_end or (cfg.map_every != "last" and state.epoch % cfg.map_every == 0)
-    start = time.perf_counter()
-    metrics = evaluate(fabric, state.ema.module, task.eval_split, loader, full=full, stop=stop)
-    if metrics is None:
+    full = at_end or cfg.map_is_due(state.epoch)
+    results = measure(fabric, state.ema.module, task.eval_split, loader, full=full, stop=stop)
+    if results is None:
         return None
-    results = (
-        {"image_count": len(task.eval_split.dataset), **metrics.compute()}
-        if fabric.is_global_zero
-        else {}
-    )
-    results = fabric.broadcast({**results, "seconds": time.perf_counter() - start})
     state.evaluation_due = False
+    stop.reserve = results["seconds"]
     score = task.score(results)
-    run.record_evaluation(state, results, is_best=score > state.best_score)
+    state.confidence = results.get("best_f1_confidence", state.confidence)
+    is_first, is_best = state.best_score < 0, score > state.best_score
     state.best_score = max(score, state.best_score)
-    first_or_last = at_end or state.epoch <= cfg.eval_every
+    run.record_evaluation(state, results, is_best=is_best)
+    first_or_last = at_end or is_first or (not cfg.tests and state.epoch <= cfg.eval_every)
     if fabric.is_global_zero and (
         state.epoch % cfg.plot_every == 0 if cfg.plot_every else first_or_last
     ):
@@ -154,6 +163,48 @@ def evaluate_if_due(
         )
         run.picture("test", drawn, state.step)
     return results
+
+
+def headline(
+    fabric: Fabric, state: State, task: Task, run: Run, last: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the figures that stand for the run, on the split that nothing was chosen by.
+
+    They are of the best weights where mAP chose them, else of the last ones, whose test is `last`.
+    Without such a split they are of the test that chose.
+    """
+    has_best = task.config.maps_each_test and run.folder.best.exists()
+    best = load_weights(run.folder.best) if fabric.broadcast(has_best) else None
+    about = {} if best is None else {"step": best.results["step"], "epoch": best.results["epoch"]}
+    if best is not None:
+        about |= {"checkpoint": run.folder.best.name, "chosen_on": task.eval_split.dataset.name}
+    split = task.test_split
+    if split is None:
+        return (last if best is None else best.results) | about
+    model = (state.ema.module if best is None else best.model).to(fabric.device)
+    loader = make_eval_loader(fabric, run.cfg, split)
+    results = measure(fabric, model, split, loader, full=True)
+    assert results is not None  # nothing stops this test
+    return results | about
+
+
+def measure(
+    fabric: Fabric,
+    model: nn.Module,
+    split: EvalSplit,
+    loader: DataLoader,
+    *,
+    full: bool,
+    stop: StopRequest | None = None,
+) -> dict[str, Any] | None:
+    """Test a model; return what was measured, the same on all ranks, or None if stopped before."""
+    start = time.perf_counter()
+    metrics = evaluate(fabric, model, split, loader, full=full, stop=stop)
+    if metrics is None:
+        return None
+    count = {"image_count": len(split.dataset)}
+    results = count | metrics.compute() if fabric.is_global_zero else {}
+    return fabric.broadcast({**results, "seconds": time.perf_counter() - start})
 
 
 @torch.no_grad()

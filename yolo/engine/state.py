@@ -34,6 +34,7 @@ class State:
     batch: int = 0  # optimizer steps done within the epoch
     evaluation_due: bool = False  # an epoch has ended and was not tested yet
     best_score: float = -1.0
+    confidence: float | None = None  # at the best F1 of the last test that computed mAP
 
     def __post_init__(self) -> None:
         """List the parameters once: finding them at each step takes a millisecond."""
@@ -70,6 +71,7 @@ class State:
             "batch": self.batch,
             "evaluation_due": self.evaluation_due,
             "best_score": self.best_score,
+            "confidence": self.confidence,
         }
 
     def load_state_dict(self, content: dict[str, Any]) -> list[str]:
@@ -80,6 +82,7 @@ class State:
         self.optimizer.load_state_dict({**content["optimizer"], "param_groups": own_groups})
         for name in ("step", "epoch", "batch", "evaluation_due", "best_score"):
             setattr(self, name, content[name])
+        self.confidence = content.get("confidence")
         self.loss_sums = self._own_loss_sums(content["loss_sums"])
         if (self.scaler is None) != (content["scaler"] is None):
             return [

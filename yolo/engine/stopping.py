@@ -19,6 +19,7 @@ class StopRequest:
     def __init__(self, max_seconds: float | None = None) -> None:
         """Listen for SIGTERM and SIGINT; `max_seconds` counts from now."""
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
+        self.reserve = 0.0  # seconds before the deadline that a last test takes
         self._signal: str | None = None
         self._signal_time = 0.0
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -30,7 +31,7 @@ class StopRequest:
         if (
             self._signal is None
             and self._deadline is not None
-            and time.monotonic() >= self._deadline
+            and time.monotonic() >= self._deadline - self.reserve
         ):
             return "--max-time"
         return self._signal

@@ -64,12 +64,27 @@ def resolve(
         values["max_lr"] = earlier.get("max_lr") or find_max_lr(fabric, scaler, task, trial, folder)
         fabric.print(f"--max-lr auto: {values['max_lr']}")
     cfg = ResolvedConfig.from_dict(values)
-    if cfg.train_time is None:
+    if cfg.train_time is None and cfg.train_steps is None:
         return cfg
-    seconds = parse_seconds("--train-time", cfg.train_time)
-    epochs = earlier.get("epochs") or epochs_in_time(fabric, scaler, task, cfg, seconds)
-    fabric.print(f"--train-time {cfg.train_time}: the same as --epochs {epochs:g}")
+    epochs = earlier.get("epochs") or planned_epochs(fabric, scaler, task, cfg)
     return dataclasses.replace(cfg, epochs=epochs)
+
+
+def planned_epochs(
+    fabric: Fabric, scaler: torch.amp.GradScaler | None, task: Task, cfg: ResolvedConfig
+) -> float:
+    """Return the epochs of `--train-time` and `--train-steps`, whichever ends first."""
+    steps_per_epoch = len(make_sampler(fabric, cfg, len(task.train_set)))
+    limits = []
+    if cfg.train_time is not None:
+        seconds = parse_seconds("--train-time", cfg.train_time)
+        limits.append(epochs_in_time(fabric, scaler, task, cfg, seconds))
+    if cfg.train_steps is not None:
+        limits.append(cfg.train_steps / steps_per_epoch)
+    epochs = round(min(limits), 4)
+    steps = max(1, round(epochs * steps_per_epoch))
+    fabric.print(f"plan         {steps} steps: the same again by --epochs {epochs:g}")
+    return epochs
 
 
 def plan(
@@ -186,14 +201,19 @@ def epochs_in_time(
         step_seconds = _seconds_of_a_step(fabric, state, trial, cfg, MEASURING_SHARE * seconds)
         test_seconds = _seconds_of_a_test(fabric, state.ema.module, trial)
     steps_per_epoch = len(make_sampler(fabric, cfg, len(task.train_set)))
-    epoch_seconds = steps_per_epoch * step_seconds + test_seconds / cfg.eval_every
+    epoch_seconds = steps_per_epoch * step_seconds
     fabric.print(
         f"speed        {cfg.batch_size / step_seconds:.1f} images/s, "
-        f"{epoch_seconds:.0f} s an epoch, "
-        f"{test_seconds:.0f} s of them a test"
+        f"{epoch_seconds:.0f} s an epoch, {test_seconds:.0f} s a test"
     )
     left = seconds - (time.perf_counter() - start) - test_seconds  # the last test is always made
-    return fabric.broadcast(max(1 / steps_per_epoch, math.floor(100 * left / epoch_seconds) / 100))
+    if task.test_split is not None:
+        left -= test_seconds * len(task.test_split.dataset) / len(task.eval_split.dataset)
+    if cfg.tests:
+        left -= (cfg.tests - 1) * test_seconds
+    else:
+        epoch_seconds += test_seconds / cfg.eval_every
+    return fabric.broadcast(max(1 / steps_per_epoch, left / epoch_seconds))
 
 
 def _seconds_of_a_step(

@@ -146,7 +146,8 @@ def average_precision(
 
     Returns:
         `map_50` (area under the curve), `map_50_11pt`, `map_50_95` as fractions, None without any
-        object; `per_class`, by name, with `ap_50`, `ap_50_11pt`, `ap_50_95`, `objects`,
+        object; `best_f1` and `best_f1_confidence`, the score from which on all detections together
+        reach it, if any is right; `per_class`, by name, with `ap_50`, `ap_50_11pt`, `ap_50_95`, `objects`,
         `difficult`, `detections`; `classes_without_objects`, which the means leave out.
     """
     voc = match_voc(detections, objects, strict=matching == "devkit")
@@ -166,12 +167,31 @@ def average_precision(
             "detections": int((detections.labels == label).sum()),
         }
     return {
+        **best_f1(detections, voc, int((~objects.ignored).sum())),
         "map_50": mean_of(row["ap_50"] for row in per_class.values()),
         "map_50_11pt": mean_of(row["ap_50_11pt"] for row in per_class.values()),
         "map_50_95": mean_of(row["ap_50_95"] for row in per_class.values()),
         "per_class": per_class,
         "classes_without_objects": [name for name, row in per_class.items() if not row["objects"]],
     }
+
+
+def best_f1(detections: Detections, matches: Matches, num_objects: int) -> dict[str, float]:
+    """Return the best F1 over all classes together, and the score from which on it is reached.
+
+    Args:
+        detections: by falling score.
+        matches: of them, at the first of their IoU thresholds.
+        num_objects: those that count.
+    """
+    counted = ~matches.ignored[0]
+    right, scores = matches.right[0][counted].cumsum(), detections.scores[counted]
+    if not num_objects or not len(right) or not right[-1]:
+        return {}
+    f1 = 2 * right / (np.arange(1, len(right) + 1) + num_objects)
+    f1[:-1][scores[:-1] == scores[1:]] = 0  # a threshold takes all of one score
+    best = int(f1.argmax())
+    return {"best_f1": float(f1[best]), "best_f1_confidence": float(scores[best])}
 
 
 def match_coco(

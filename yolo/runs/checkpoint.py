@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from yolo.config import Config, ResolvedConfig, parse_interval
 from yolo.errors import UserError
 from yolo.files import bundled, find, replacing
+from yolo.metrics.report import SHOWN_SCORE
 from yolo.models.build import build_model
 from yolo.runs.folder import RunFolder, checkpoint_name, list_checkpoints, step_of
 
@@ -53,6 +54,7 @@ class LoadedWeights:
     digest: str
     path: Path
     calibration: dict[str, Any] | None = None  # how the scores were calibrated, if they were
+    confidence: float = SHOWN_SCORE  # from which on a detection is shown
 
     @property
     def task(self) -> str:
@@ -182,6 +184,7 @@ def save_weights(
     anchors: Tensor | None,
     results: Mapping[str, Any],
     calibration: Mapping[str, Any] | None = None,
+    confidence: float | None = None,
 ) -> None:
     """Write half-precision `.safetensors` with all else as metadata."""
     weights = {
@@ -198,6 +201,7 @@ def save_weights(
         "anchors": json.dumps(None if anchors is None else anchors.tolist()),
         "results": json.dumps(results),
         "calibration": json.dumps(calibration),
+        "confidence": json.dumps(confidence),
     }
     with replacing(path) as temporary:
         temporary.write_bytes(save(tensors, metadata))  # `save_file` would let nobody else read it
@@ -221,6 +225,7 @@ def publish_weights(path: Path, loaded: LoadedWeights) -> None:
         loaded.anchors,
         public_results(loaded),
         loaded.calibration,
+        loaded.confidence,
     )
 
 
@@ -245,11 +250,11 @@ def bundled_weights() -> dict[str, Path]:
     return files
 
 
-def resolve_checkpoint(path: str | Path | None = None) -> Path:
+def resolve_checkpoint(path: str | Path | None = None, *, last: bool = False) -> Path:
     """Return the file that is meant by a weight file, a checkpoint or a run folder.
 
-    Of a run folder that is its best checkpoint, or the newest where none is marked. Without `path`
-    it is the detector that comes with this package.
+    Of a run folder that are its best weights, or the newest checkpoint where none is marked or the
+    `last` is asked for. Without `path` it is the detector that comes with this package.
 
     Raises:
         UserError: if the folder holds no checkpoint, or no detector is bundled.
@@ -261,9 +266,10 @@ def resolve_checkpoint(path: str | Path | None = None) -> Path:
     path = Path(path)
     if not path.is_dir():
         return path
-    checkpoints = RunFolder(path).checkpoints
-    best = read_best(checkpoints)
-    found = [best] if best and best.exists() else list_checkpoints(checkpoints)
+    folder = RunFolder(path)
+    places = () if last else (folder.best, read_best(folder.checkpoints))
+    best = next((place for place in places if place and place.exists()), None)
+    found = [best] if best else list_checkpoints(folder.checkpoints)
     if not found:
         raise UserError(
             f"{path}: holds no checkpoint; name a run folder, a .ckpt or a .safetensors"
@@ -302,6 +308,7 @@ def load_weights(path: Path) -> LoadedWeights:
         digest=content_digest({"weights": content["ema"]})[:16],
         path=path,
         calibration=content.get("calibration"),
+        confidence=content.get("confidence") or SHOWN_SCORE,
     )
 
 
@@ -326,7 +333,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     return {
         "ema": tensors,
         **{key: json.loads(metadata[key]) for key in ("config", "classes", "anchors", "results")},
-        "calibration": json.loads(metadata.get("calibration", "null")),
+        **{key: json.loads(metadata.get(key, "null")) for key in ("calibration", "confidence")},
     }
 
 

@@ -26,6 +26,9 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.results = path / "results.json"
         self.checkpoints = path / "checkpoints"
+        self.best = path / "best.safetensors"
+        self.splits = path / "splits"
+        self.stopped = path / "stopped.json"
         self.plots = path / "plots"
         self.launch = path / ".launch"
 

@@ -114,6 +114,22 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
+def test_line(step: int, results: Mapping[str, Any], best: float, by_map: bool) -> str:
+    """Return what a test found, in a line: the accuracies, mAP, and the best so far."""
+    names = {
+        "class_accuracy": "class",
+        "no_object_accuracy": "no-object",
+        "object_accuracy": "object",
+        "map_50": "mAP",
+        "accuracy": "accuracy",
+    }
+    found = [
+        f"{name} {results[key]:.3f}" for key, name in names.items() if results.get(key) is not None
+    ]
+    measure = "accuracy" if "accuracy" in results else "product of the accuracies at 0.5"
+    return f"test at step {step}: {', '.join(found)}; best {'mAP' if by_map else measure} so far {best:.3f}"
+
+
 def summary_lines(results: Mapping[str, Any], rows: list[tuple[str, Any]]) -> list[str]:
     """Return a closing table: the headline results that are there, then `rows`."""
     table = [

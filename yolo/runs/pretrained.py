@@ -1,21 +1,22 @@
 """Start training from weights made elsewhere: timm's, Darknet's, our checkpoints, torch state dicts."""
 
+import json
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from yolo.config import Config
 from yolo.errors import UsageError, UserError
-from yolo.files import find
+from yolo.files import bundled, find
 from yolo.models.backbones import TimmBackbone, fetch_state, fit_state
 from yolo.models.darknet_weights import darknet_convolutions, load_darknet
 from yolo.models.yolov3 import ANCHORS_PER_SCALE, YoloV3
@@ -50,8 +51,15 @@ class LoadReport:
         return lines + self.notes
 
 
-def start_weights(model: nn.Module, config: Config) -> list[str]:
+def start_weights(
+    model: nn.Module, config: Config, class_names: Sequence[str] | None = None
+) -> list[str]:
     """Give a new model the weights that `--backbone-weights` and `--init-weights` ask for, in place.
+
+    Args:
+        model: as built.
+        config: of the run.
+        class_names: of the run: classes that the file knows by the same name keep their outputs.
 
     Returns:
         What was loaded, in lines for people.
@@ -60,14 +68,31 @@ def start_weights(model: nn.Module, config: Config) -> list[str]:
         UserError: if a file does not fit, or nothing can be fetched; the model is then unchanged.
     """
     lines = []
-    wanted = config.backbone_weights
-    if wanted == "auto" and config.init_weights:
+    wanted, start = config.backbone_weights, config.init_weights
+    if start and (other := _other_network(start, config)):
+        start = None
+        instead = "ImageNet weights" if config.backbone.startswith("timm/") else "random weights"
+        lines.append(f"{config.init_weights}: is of {other}: this run starts from {instead}")
+    if wanted == "auto" and start:
         wanted = "none"  # that file brings its backbone
     if isinstance(model, YoloV3) and wanted != "none":
         lines += load_backbone(model, wanted)
-    if config.init_weights:
-        lines += init_weights(model, find(Path(config.init_weights))).lines()
+    if start:
+        lines += init_weights(model, find(Path(start)), class_names).lines()
     return lines
+
+
+def _other_network(start: str, config: Config) -> str | None:
+    """Return the backbone and width of the bundled weights, if `start` names them and they differ."""
+    path = find(Path(start))
+    if path.resolve().parent != bundled("weights").resolve() or not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        theirs = json.loads(file.metadata()["config"])
+    backbone, width = theirs.get("backbone", "darknet53"), theirs["width"]
+    if (backbone, width) == (config.backbone, config.width):
+        return None
+    return f"--backbone {backbone} --width {width:g}"
 
 
 def load_backbone(model: YoloV3, source: str) -> list[str]:
@@ -98,17 +123,20 @@ def load_backbone(model: YoloV3, source: str) -> list[str]:
     if not path.is_file():
         raise UsageError(f"--backbone-weights {path}: no such file")
     try:
-        fitting = fit_state(backbone, _read_state(path))
+        fitting = fit_state(backbone, _read_state(path)[0])
     except ValueError as error:
         raise UserError(f"{path}: is not of --backbone timm/{backbone.name}: {error}") from None
     backbone.net.load_state_dict(fitting, strict=False)  # a file may lack the counts of batches
     return [f"{path}: {len(fitting)} tensors of timm/{backbone.name} loaded"]
 
 
-def init_weights(model: nn.Module, path: Path) -> LoadReport:
+def init_weights(
+    model: nn.Module, path: Path, class_names: Sequence[str] | None = None
+) -> LoadReport:
     """Copy what fits from a weight file into the model, in place; `.weights` and `.conv.N` are Darknet's.
 
-    Output layers for another number of classes are left out. From our checkpoints come the averaged weights.
+    From our checkpoints come the averaged weights. Of the output layers for other classes the rows
+    of box and objectness are taken, and those of classes that both name; the others start anew.
 
     Raises:
         UserError: if the file is missing, damaged, of an unknown kind, or made for another network; the model
@@ -118,7 +146,19 @@ def init_weights(model: nn.Module, path: Path) -> LoadReport:
         raise UsageError(f"--init-weights {path}: no such file")
     if path.suffix == ".weights" or re.search(r"\.conv\.\d+$", path.name):
         return _init_from_darknet(model, path)
-    return _init_from_state(model, path, _read_state(path))
+    state, stored = _read_state(path)
+    return _init_from_state(model, path, state, same_classes(class_names, stored))
+
+
+def same_classes(
+    names: Sequence[str] | None, stored: Sequence[str] | None
+) -> list[tuple[int, int]] | None:
+    """Return pairs of labels, here and there, of the classes that share a name; None if all do."""
+    if names is None or stored is None or [*names] == [*stored]:
+        return None
+    there = {name.casefold(): label for label, name in enumerate(stored)}
+    pairs = ((label, there.get(name.casefold())) for label, name in enumerate(names))
+    return [(label, other) for label, other in pairs if other is not None]
 
 
 def _init_from_darknet(model: nn.Module, path: Path) -> LoadReport:
@@ -142,7 +182,12 @@ def _init_from_darknet(model: nn.Module, path: Path) -> LoadReport:
     return LoadReport(path, loaded, left_out + [conv.name for conv in absent], notes=notes)
 
 
-def _init_from_state(model: nn.Module, path: Path, state: Mapping[str, Tensor]) -> LoadReport:
+def _init_from_state(
+    model: nn.Module,
+    path: Path,
+    state: Mapping[str, Tensor],
+    same: list[tuple[int, int]] | None = None,
+) -> LoadReport:
     own = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
     shared = [name for name in own if name in state]
     if not shared:
@@ -156,7 +201,11 @@ def _init_from_state(model: nn.Module, path: Path, state: Mapping[str, Tensor]) 
         raise UserError(
             f"{path}: has another backbone ({min(theirs)}, ...); give the --backbone that it was made with"
         )
-    other_shape = [name for name in shared if state[name].shape != own[name].shape]
+    other_shape = [
+        name
+        for name in shared
+        if state[name].shape != own[name].shape or (same is not None and OUTPUT_LAYER.match(name))
+    ]
     for name in other_shape:
         if not OUTPUT_LAYER.match(name):
             raise UserError(
@@ -168,33 +217,40 @@ def _init_from_state(model: nn.Module, path: Path, state: Mapping[str, Tensor]) 
         for name in loaded:
             own[name].copy_(state[name])
         for name in other_shape:
-            if name.startswith("heads."):  # where an object is does not depend on what it is called
-                new, old = (
-                    values.view(ANCHORS_PER_SCALE, -1, *values.shape[1:])
-                    for values in (own[name], state[name])
-                )
-                new[:, :5] = old[:, :5]
+            # where an object is does not depend on what it is called
+            groups, fixed = (ANCHORS_PER_SCALE, 5) if name.startswith("heads.") else (1, 0)
+            new, old = (
+                values.view(groups, -1, *values.shape[1:]) for values in (own[name], state[name])
+            )
+            new[:, :fixed] = old[:, :fixed]
+            for label, other in same or ():
+                new[:, fixed + label] = old[:, fixed + other].to(new.dtype)
     kept = [name for name in own if name not in loaded]
     unused = [
         name for name, value in state.items() if name not in own and value.is_floating_point()
     ]
     notes = []
     if other_shape:
+        kept_classes = f"; {len(same)} share a name and keep their outputs" if same else ""
         notes = [
-            f"made for another number of classes: those outputs start anew ({', '.join(other_shape)})"
+            f"made for other classes: their outputs start anew ({', '.join(other_shape)}){kept_classes}"
         ]
     return LoadReport(path, loaded, kept, unused, notes)
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
-    """Return the named tensors of a file, without the prefixes that wrappers add to the names."""
+def _read_state(path: Path) -> tuple[dict[str, Tensor], list[str] | None]:
+    """Return the named tensors of a file, without the prefixes of wrappers, and its class names."""
+    names = None
     if path.suffix == ".safetensors":
         try:
             content: Any = load_file(path)
+            with safe_open(path, framework="pt") as file:
+                names = json.loads((file.metadata() or {}).get("classes", "null"))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: is damaged or no safetensors file ({error})") from None
     elif path.suffix == ".ckpt":
-        content = load_checkpoint(path)["ema"]
+        stored = load_checkpoint(path)
+        content, names = stored["ema"], stored["classes"]
     else:
         content = _read_torch_file(path)
     tensors = {
@@ -204,7 +260,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     }
     if not tensors:
         raise UserError(f"{path}: holds no named tensors")
-    return tensors
+    return tensors, names
 
 
 def _read_torch_file(path: Path) -> Mapping[str, Any]:

@@ -11,17 +11,22 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import BaseFileLock
+from torch import nn
 
 from yolo.config import ResolvedConfig
+from yolo.data.splits import parse_split
+from yolo.files import replacing, write_json
 from yolo.runs.checkpoint import (
     BEST_FILE,
     FORMAT_VERSION,
     CheckpointWriter,
+    load_weights,
     prune_checkpoints,
+    save_weights,
     set_aside,
 )
 from yolo.runs.folder import RunPlan
-from yolo.runs.logbook import Logbook
+from yolo.runs.logbook import Logbook, summary_lines, test_line
 from yolo.runs.mirror import Mirror
 from yolo.runs.results import about_model, result_record, write_results
 from yolo.runs.resume import Start
@@ -96,16 +101,37 @@ class Run:
                 self.schedule, folder.next_schedule() if resumed else folder.schedule, self.log
             )
         if resumed:
-            folder.results.unlink(missing_ok=True)  # they belong to an earlier end of this run
+            for results in (folder.results, folder.stopped):  # of an earlier end of this run
+                results.unlink(missing_ok=True)
             self._mirror_remove(folder.results)
             for path in set_aside(folder.checkpoints, self.state.step):
                 self.log(
                     f"note: {path.name} is newer than this start of the run: set aside as {path.name}.aside"
                 )
                 self._mirror_remove(path)
+            self._set_best_aside()
+        if parse_split(self.cfg.train_split)[1]:
+            self._write_splits()
         self.logbook = Logbook(folder.path, self.state.step, self.state.evaluation_due)
         self.checkpoints = CheckpointWriter(folder.checkpoints, self.cfg.save_every)
         self._mirror_copy(folder.config, *folder.schedules(), folder.metrics)
+
+    def _set_best_aside(self) -> None:
+        """Rename the best weights if they are of a test after this start of the run."""
+        best = self.folder.best
+        if best.exists() and load_weights(best).results.get("step", 0) > self.state.step:
+            best.replace(best.with_name(best.name + ".aside"))
+            self._mirror_remove(best)
+
+    def _write_splits(self) -> None:
+        """Write which pictures were drawn for what."""
+        task = self.task
+        sets = {"train": task.train_set, "val": task.eval_split.dataset}
+        self.folder.splits.mkdir(exist_ok=True)
+        for name, dataset in sets.items():
+            listed = getattr(dataset, "paths", dataset.image_ids)
+            with replacing(self.folder.splits / f"{name}.txt") as temporary:
+                temporary.write_text("".join(f"{path}\n" for path in listed))
 
     def record(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Write the numbers among `values` to `metrics.jsonl` and TensorBoard."""
@@ -116,9 +142,22 @@ class Run:
             self.logbook.record(kind, step, numbers)
 
     def record_evaluation(self, state: Any, results: Mapping[str, Any], *, is_best: bool) -> None:
-        """Write the numbers of a test; the next checkpoint is the best so far if `is_best`."""
+        """Write the numbers of a test; if it `is_best`, its weights or the next checkpoint are kept."""
         self.record("evaluation", state.step, {"epoch": state.epoch, **results})
-        self.best_pending = is_best
+        self.log(test_line(state.step, results, state.best_score, self.cfg.maps_each_test))
+        self.best_pending = is_best and not self.cfg.maps_each_test
+        if is_best and self.cfg.maps_each_test and self.writes and state.is_finite():
+            about = {"step": state.step, "epoch": state.epoch}
+            self._write_best({**results, **about}, state.ema.module, state.confidence)
+
+    def _write_best(
+        self, results: Mapping[str, Any], model: nn.Module, confidence: float | None
+    ) -> None:
+        """Write weights as the best of this run, with what was measured of them."""
+        names, anchors = self.task.class_names, self.task.anchors
+        path = self.folder.best
+        save_weights(path, model, self.cfg, names, anchors, results, confidence=confidence)
+        self._mirror_copy(path)
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
         """Show an RGB uint8 image [H, W, 3] in TensorBoard."""
@@ -150,23 +189,43 @@ class Run:
             self._mirror_remove(*prune_checkpoints(self.folder.checkpoints, keep))
 
     def finish(self, results: Mapping[str, Any]) -> None:
-        """Write `results.json` and the curves, print the closing table, close the records."""
+        """Write `results.json` and the curves, print the closing table, close the records.
+
+        Args:
+            results: the headline; where they are not of the last weights they say of which.
+        """
         if self.writes:
-            fabric, split = self.state.fabric, self.task.eval_split
-            record = result_record(
-                results,
-                split.dataset,
-                **about_model(self.cfg, split, fabric.device, fabric.world_size),
-                checkpoint=self.last_checkpoint.name if self.last_checkpoint else None,
-                trained_on=self.task.train_set.name,
-                epoch=self.state.epoch,
-                step=self.state.step,
-                images_seen=self.state.step * self.cfg.batch_size,
-                seed=self.cfg.seed,
-            )
+            record = self._record(results)
+            if "chosen_on" in results:
+                best = load_weights(self.folder.best)
+                self._write_best(record, best.model, best.confidence)
             self.log(write_results(self.folder, record, time.monotonic() - self.started))
+            if "chosen_on" in results and self.task.test_split is None:
+                self.log(
+                    "note: these pictures chose the best weights; on others expect a little less"
+                )
             self._mirror_copy(self.folder.results)
         self.close(MIRROR_SECONDS_AT_END)
+
+    def report_stop(self, results: Mapping[str, Any]) -> None:
+        """Print and write the test of a run that was stopped in time; it can still go on."""
+        if self.writes:
+            write_json(self.folder.stopped, self._record(results))
+            self.log("\n".join(summary_lines(results, [("written to", self.folder.stopped)])))
+
+    def _record(self, results: Mapping[str, Any]) -> dict[str, Any]:
+        fabric, split = self.state.fabric, self.task.test_split or self.task.eval_split
+        about = {
+            "checkpoint": self.last_checkpoint.name if self.last_checkpoint else None,
+            "trained_on": self.task.train_set.name,
+            "epoch": self.state.epoch,
+            "step": self.state.step,
+            "images_seen": self.state.step * self.cfg.batch_size,
+            "seed": self.cfg.seed,
+        }
+        about |= {name: results[name] for name in about if name in results}
+        about |= about_model(self.cfg, split, fabric.device, fabric.world_size)
+        return result_record(results, split.dataset, **about)
 
     def close(self, mirror_seconds: float = MIRROR_SECONDS) -> None:
         """Write what is still buffered, and give the mirror a while for its last copies."""

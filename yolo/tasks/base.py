@@ -88,9 +88,8 @@ class Task(ABC):
     def count(targets: Any) -> Tensor:
         """Return the counts that normalise the loss, to be added over ranks and micro-batches."""
 
-    @staticmethod
     @abstractmethod
-    def score(results: Mapping[str, Any]) -> float:
+    def score(self, results: Mapping[str, Any]) -> float:
         """Return what "best" means: higher is better."""
 
 

@@ -92,8 +92,7 @@ class ClassificationTask(Task):
         """Return the number of images."""
         return torch.full((), float(len(targets)), device=targets.device)
 
-    @staticmethod
-    def score(results: Mapping[str, Any]) -> float:
+    def score(self, results: Mapping[str, Any]) -> float:
         """Return the accuracy."""
         return results["accuracy"]
 
