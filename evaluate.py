@@ -155,7 +155,8 @@ def calibrate(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
     """Refit the scores on the split, measure them there, and write the weights as a new file."""
     from yolo.engine.calibrate import calibrate_scores
     from yolo.engine.fabric import make_fabric
-    from yolo.runs.checkpoint import save_weights
+    from yolo.runs.checkpoint import publish_weights
+    from yolo.runs.trust import check_data_named
     from yolo.tasks.build import open_split
 
     path = loaded.path.with_name(f"{loaded.path.stem}-calibrated.safetensors")
@@ -167,6 +168,7 @@ def calibrate(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
     if path.exists():
         raise UserError(f"{path}: is there already; move it away to calibrate anew")
     cfg = args.over(loaded.config)
+    check_data_named(loaded, cfg)
     fabric, _ = make_fabric(cfg)
     split = open_split(cfg, loaded.class_names, loaded.anchors)
     calibrated = calibrate_scores(fabric, cfg, loaded, split)
@@ -178,15 +180,7 @@ def calibrate(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
         "expected_error_after": results["calibration"]["expected_error"],
         "object_threshold": results["at_no_object_98"]["threshold"],
     }
-    save_weights(
-        path,
-        calibrated.model,
-        calibrated.config,
-        calibrated.class_names,
-        calibrated.anchors,
-        calibrated.results,
-        calibrated.calibration,
-    )
+    publish_weights(path, calibrated)
     print(f"calibrated weights: {path}")
     return 0
 
@@ -203,6 +197,7 @@ def measure(
     from yolo.inference.fast import FlipAveraged, prepare
     from yolo.metrics.devkit import write_detections
     from yolo.runs.results import about_model
+    from yolo.runs.trust import check_data_named
     from yolo.tasks.build import open_split
     from yolo.tasks.detection import DetectionSplit, MosaicSplit
 
@@ -211,6 +206,7 @@ def measure(
             f"--mosaic and --write-detections need a detector; {args.checkpoint} is a classifier"
         )
     cfg = args.over(loaded.config)
+    check_data_named(loaded, cfg)
     fabric = fabric or make_fabric(cfg)[0]
     split = open_split(cfg, loaded.class_names, loaded.anchors)
     if args.mosaic:

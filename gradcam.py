@@ -183,12 +183,13 @@ def evaluate(args: GradcamArgs, loaded: "LoadedWeights") -> int:
     from yolo.models.resnet import ResNet
     from yolo.runs.logbook import Progress
     from yolo.runs.provenance import hardware, provenance
+    from yolo.runs.trust import check_data_named
     from yolo.tasks.build import open_split
 
     given = {name: getattr(args, name) for name in ("data_root", "split") if getattr(args, name)}
-    test = open_split(
-        dataclasses.replace(loaded.config, **given), loaded.class_names, loaded.anchors
-    )
+    config = dataclasses.replace(loaded.config, **given)
+    check_data_named(loaded, config)
+    test = open_split(config, loaded.class_names, loaded.anchors)
     images = faithfulness.draw_images(len(test.dataset), args.num_images, args.seed)
     progress = Progress(len(images), "explaining", enabled=True)
     cams = cam_settings(args, loaded)

@@ -130,7 +130,7 @@ def _from_yaml(args_class: type[Args], path: Path) -> Args:
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise UsageError(f"--config {path}: unknown key '{key}'{hint}")
         try:
-            values[key] = _as_type(types[key], value)
+            values[key] = as_type(types[key], value)
         except ValueError:
             raise UsageError(
                 f"--config {path}: '{key}: {value}' has a value of the wrong type"
@@ -138,7 +138,7 @@ def _from_yaml(args_class: type[Args], path: Path) -> Args:
     return args_class(**values)
 
 
-def _as_type(kind: Any, value: Any) -> Any:
+def as_type(kind: Any, value: Any) -> Any:
     """Return a value of a YAML file as the type of its field, or raise ValueError.
 
     Numbers may be text (YAML reads `2e-3` as text), and text may be a number or a list.
@@ -146,14 +146,14 @@ def _as_type(kind: Any, value: Any) -> Any:
     parts = get_args(kind)
     for part in parts if get_origin(kind) in (Union, UnionType) else ():
         with suppress(ValueError):
-            return _as_type(part, value)
+            return as_type(part, value)
     if (get_origin(kind) is Literal and value in parts) or (
         kind in (bool, NoneType) and type(value) is kind
     ):
         return value
     if get_origin(kind) is tuple:
         items = value if isinstance(value, list) else str(value).split(",")
-        return tuple(_as_type(parts[0], item) for item in items)
+        return tuple(as_type(parts[0], item) for item in items)
     if kind in (int, float):
         return kind(str(value))
     if kind is str and not isinstance(value, bool | None):

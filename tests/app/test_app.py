@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import re
 import struct
 import zlib
 from dataclasses import replace
@@ -13,7 +14,7 @@ from lively import DIGITS, lively_detector
 from PIL import ExifTags, Image
 
 import app
-from yolo.app.about import classes_html, model_card, model_name, results_markdown
+from yolo.app.about import classes_html, literal, model_card, model_name, results_markdown
 from yolo.app.classify_tab import errors_text
 from yolo.app.detector import (
     MAX_DETECTIONS,
@@ -352,6 +353,23 @@ def test_results_stand_beside_what_they_belong_to():
 
 def test_class_names_cannot_inject_markup():
     assert "<script>" not in classes_html(["<script>alert(1)</script>"])
+
+
+def test_what_a_strange_file_says_of_itself_is_shown_as_it_is():
+    hostile = "[x](https://evil.example) <img src=x> **b** `c`"
+    loaded = replace(
+        lively_detector(),
+        class_names=(hostile, *DIGITS[1:]),
+        results={"map_50": "0.9", "data": hostile, "images_seen": "many", "thresholds": [1]},
+    )
+    loaded = replace(loaded, config=replace(loaded.config, train_split=hostile))
+    measured = replace(loaded, results=loaded.results | {"map_50": 0.5})
+    texts = [model_card(loaded, None, None), results_markdown(loaded), results_markdown(measured)]
+    for text in texts:
+        plain = re.sub("`[^`]*`", "", text)  # in a span of code nothing is markup
+        assert "https://evil" not in plain and "<img" not in plain and "](" not in plain
+    assert "No results" in texts[1] and "evil.example" in texts[2]
+    assert literal("a_b & c") == "a&#95;b &#38; c"
 
 
 def test_the_card_names_the_origin_of_the_photographs_and_the_model_page():

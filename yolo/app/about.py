@@ -1,5 +1,6 @@
 """A model's card, its results, its classes, and how to read a heat map."""
 
+import re
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -84,6 +85,17 @@ def model_name(*models: LoadedWeights) -> str:
     )
 
 
+def literal(text: Any) -> str:
+    """Return text from a weight file or a data set as Markdown that shows it as it is: no link, no markup."""
+    marks = re.sub(r"[&<>\[\]*`~$\\|_]", lambda mark: f"&#{ord(mark[0])};", str(text))
+    return marks.replace("://", "&#58;//")
+
+
+def _code(text: str) -> str:
+    """Return text for a span of code, which nothing but a backtick ends."""
+    return text.replace("`", "'")
+
+
 def classes_html(class_names: Sequence[str]) -> str:
     """Return the classes as chips in the colours of their boxes."""
     chips = "".join(
@@ -100,7 +112,7 @@ def results_markdown(loaded: LoadedWeights) -> str:
     rows = [
         f"| {title} | {results[key]:.3f} |"
         for key, title in RESULT_ROWS
-        if results.get(key) is not None
+        if isinstance(results.get(key), int | float)
     ]
     if not rows:
         return (
@@ -116,7 +128,7 @@ def model_card(loaded: LoadedWeights, samples: SampleSet | None, model_url: str 
     config, size = loaded.config, loaded.test_size
     fitted = "letterboxed" if loaded.task == "detection" else "resized, their shape is not kept"
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
-    where = f"[{model_url}]({model_url})" if model_url else f"the file `{loaded.path.name}`"
+    where = f"[{model_url}]({model_url})" if model_url else f"the file `{_code(loaded.path.name)}`"
     origin = ORIGINS.get((_data_set(loaded), config.task), OWN_DATA)
     lines = [
         f"- **Task:** {TASKS[loaded.task]}, {len(loaded.class_names)} classes",
@@ -140,8 +152,8 @@ def _data_set(loaded: LoadedWeights) -> str:
 
 
 def _circumstances(results: dict[str, Any]) -> str:
-    thresholds = results.get("thresholds") or {} if "map_50" in results else {}
-    weights = results.get("weights")
+    stored, weights = results.get("thresholds"), results.get("weights")
+    thresholds = stored if isinstance(stored, dict) and "map_50" in results else {}
     facts = [
         ("weights", "running average (EMA)" if weights == "ema" else weights),
         ("data", results.get("data")),
@@ -151,7 +163,7 @@ def _circumstances(results: dict[str, Any]) -> str:
         *((name.replace("_", " ").replace("iou", "IoU"), at) for name, at in thresholds.items()),
     ]
     shown = " · ".join(f"{name}: {value}" for name, value in facts if value is not None)
-    return f"<sub>{shown}</sub>"
+    return f"<sub>{literal(shown)}</sub>"
 
 
 def _network(loaded: LoadedWeights) -> str:
@@ -168,13 +180,13 @@ def _training(loaded: LoadedWeights) -> str:
     config, results = loaded.config, loaded.results
     sizes = ", ".join(map(str, config.img_sizes))
     facts = [
-        f"{config.epochs:g} epochs of `{config.train_split}` in batches of {config.batch_size}",
+        f"{config.epochs:g} epochs of `{_code(config.train_split)}` in batches of {config.batch_size}",
         f"images of {sizes} pixels",
         f"Adam with one cycle up to a rate of {config.max_lr:g}",
     ]
     if loaded.task == "detection" and config.mosaic_prob:
         facts.append(f"mosaics of four images on {config.mosaic_prob:.0%}")
-    if "images_seen" in results:
+    if isinstance(results.get("images_seen"), int):
         facts.append(f"{results['images_seen']:,} images seen")
     return "; ".join(facts)
 
@@ -183,5 +195,5 @@ def _sample_lines(samples: SampleSet | None) -> list[str]:
     if samples is None or not samples.samples:
         return []
     credits = sorted({sample.credit for sample in samples.samples if sample.credit})
-    line = f"- **Samples:** {samples.choice} ({samples.data})"
-    return [line + (f". Photographs by {'; '.join(credits)}." if credits else ".")]
+    line = f"- **Samples:** {samples.choice} ({literal(samples.data)})"
+    return [line + (f". Photographs by {literal('; '.join(credits))}." if credits else ".")]

@@ -4,6 +4,7 @@ from typing import Any
 
 import gradio as gr
 
+from yolo.app.about import literal
 from yolo.app.classifier import Classification, Classifier, draw_map
 from yolo.app.samples import SampleSet
 from yolo.app.uploads import Picture, read_picture
@@ -195,7 +196,7 @@ class ClassifyTab:
 
 def _caption(name: str, explanation: Explanation) -> str:
     method = METHOD_NAMES[explanation.method]
-    text = f"**{name}, {explanation.score:.1%}.** {method} of this class, at {explanation.layer}."
+    text = f"**{literal(name)}, {explanation.score:.1%}.** {method} of this class, at {explanation.layer}."
     return text + map_notes(explanation)
 
 

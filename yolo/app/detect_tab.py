@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from yolo.app.about import literal
 from yolo.app.detector import (
     COLUMNS,
     Detection,
@@ -337,6 +338,7 @@ def _layer_name(layer: str, view: View) -> str:
 
 def _caption(detection: Detection, name: str, explanation: Explanation) -> str:
     method, layer = METHOD_NAMES[explanation.method], explanation.layer
+    name = literal(name)
     if detection.kind == "found":
         target = TARGET_NAMES[explanation.target]
         text = f"**{name}, {explanation.score:.0%}.** {method} of {target}, at {layer}."

@@ -1,6 +1,5 @@
 """The models that the app shows: from files, run folders and the Hugging Face Hub."""
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ from yolo.runs.checkpoint import (
     LoadedWeights,
     bundled_weights,
     load_weights,
-    public_results,
     resolve_checkpoint,
 )
 
@@ -49,8 +47,7 @@ def load_models(checkpoints: Sequence[str], model_url: str | None) -> dict[str, 
                 f"--checkpoint {other} and {path} are both for {TASKS[loaded.task]}: "
                 "name one of each task"
             )
-        shown = dataclasses.replace(loaded, results=public_results(loaded))
-        models[loaded.task] = Model(shown, model_url or url)
+        models[loaded.task] = Model(loaded, model_url or url)
     if not models:
         raise UsageError(f"{bundled('weights')} holds no weights: name a --checkpoint")
     return {task: models[task] for task in TASKS if task in models}

@@ -14,11 +14,12 @@ from typing import Any
 
 import yaml
 
-from yolo.app.about import TASKS, model_card, model_name, results_markdown
+from yolo.app.about import TASKS, literal, model_card, model_name, results_markdown
 from yolo.app.models import HUB_PAGE, Model, first_line
 from yolo.app.samples import SampleSet, read_samples, write_samples
 from yolo.errors import UserError
 from yolo.runs.checkpoint import load_weights, publish_weights
+from yolo.runs.trust import check_data_named
 
 # What app.py imports; gradio comes with the Space, in the version that its front matter names.
 PACKAGES = (
@@ -133,7 +134,9 @@ def _make_samples(
     fits = samples is not None and samples.class_names == loaded.class_names
     if data or not fits:
         try:
-            return write_samples(made, loaded, dataclasses.replace(loaded.config, **data), count)
+            config = dataclasses.replace(loaded.config, **data)
+            check_data_named(loaded, config)
+            return write_samples(made, loaded, config, count)
         except UserError as error:
             if not fits:
                 raise
@@ -186,7 +189,7 @@ def _front_matter(models: Mapping[str, Model]) -> dict[str, Any]:
 
 def _card(model: Model, samples: SampleSet | None) -> str:
     loaded = model.loaded
-    classes = ", ".join(loaded.class_names)
+    classes = literal(", ".join(loaded.class_names))
     return (
         f"# {model_name(loaded)}\n\n{model_card(loaded, samples, model.url)}\n"
         f"- **Classes:** {classes}\n\n## Results\n\n{results_markdown(loaded)}"

@@ -5,10 +5,9 @@ A checkpoint (`epoch012-step004321-lr3.412e-04.ckpt`) is a dict of tensors and p
 all that inference needs.
 """
 
-import dataclasses
 import hashlib
 import json
-import pickle
+import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -27,9 +26,13 @@ from yolo.files import bundled, find, replacing
 from yolo.metrics.report import SHOWN_SCORE
 from yolo.models.build import build_model
 from yolo.runs.folder import RunFolder, checkpoint_name, list_checkpoints, step_of
+from yolo.runs.trust import check_tensors, describe, public_results, stored_settings
 
 FORMAT_VERSION = 1
+WEIGHTS_VERSION = 2  # of `.safetensors`: from 2 on they carry a digest
 BEST_FILE = "best.txt"
+# metadata of `.safetensors`
+_AS_JSON = ("config", "classes", "anchors", "results", "calibration", "confidence")
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class LoadedWeights:
     path: Path
     calibration: dict[str, Any] | None = None  # how the scores were calibrated, if they were
     confidence: float = SHOWN_SCORE  # from which on a detection is shown
+    run: Path | None = None  # the run folder that it lies in, whose `config.yaml` names its data
 
     @property
     def task(self) -> str:
@@ -95,16 +99,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch never compresses: a few bytes stay a few
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                raise ValueError("it is compressed")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # on damaged bytes torch raises all sorts
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{path}: is damaged or no checkpoint ({first_line}); take an earlier one"
         ) from None
@@ -117,7 +117,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path}: has checkpoint format {content['format_version']}, this version reads "
             f"{FORMAT_VERSION}; use the version of the code that wrote it"
         )
-    if content.pop("digest", None) != content_digest(content):
+    try:
+        intact = content.pop("digest", None) == content_digest(content)
+    except (RuntimeError, RecursionError, MemoryError):  # tensors that no checkpoint of ours holds
+        intact = False
+    if not intact:
         raise UserError(
             f"{path}: is damaged (its digest does not match its content); take an earlier one"
         )
@@ -186,58 +190,49 @@ def save_weights(
     calibration: Mapping[str, Any] | None = None,
     confidence: float | None = None,
 ) -> None:
-    """Write half-precision `.safetensors` with all else as metadata."""
-    weights = {
-        name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
-    }
-    tensors = {
-        name: value.half() if value.is_floating_point() else value
-        for name, value in weights.items()
-    }
+    """Write half-precision `.safetensors` with all else as metadata, and a digest of both.
+
+    What belongs to the machine that trained it stays out, as the path of the data.
+
+    Raises:
+        UserError: if a weight is not finite, or too large for half precision.
+    """
+    tensors = {}
+    for name, value in model.state_dict().items():
+        value = value.detach().cpu().contiguous()
+        tensors[name] = value.half() if value.is_floating_point() else value
+        if not tensors[name].isfinite().all():
+            raise UserError(
+                f"{path}: {name} holds values up to {value.abs().max():.3g}, half precision ends at "
+                f"{torch.finfo(torch.half).max:.0f}: nothing was written; export to .onnx, which keeps "
+                "them"
+            )
     metadata = {
-        "format_version": str(FORMAT_VERSION),
-        "config": json.dumps(config.to_dict()),
+        "format_version": str(WEIGHTS_VERSION),
+        "config": json.dumps(stored_settings(config)),
         "classes": json.dumps(class_names),
         "anchors": json.dumps(None if anchors is None else anchors.tolist()),
-        "results": json.dumps(results),
+        "results": json.dumps(public_results(results, config.data_root)),
         "calibration": json.dumps(calibration),
         "confidence": json.dumps(confidence),
     }
+    metadata["digest"] = content_digest({"metadata": metadata, "tensors": tensors})
     with replacing(path) as temporary:
         temporary.write_bytes(save(tensors, metadata))  # `save_file` would let nobody else read it
 
 
 def publish_weights(path: Path, loaded: LoadedWeights) -> None:
-    """Write a model for others: as `save_weights`, without what belongs to the machine that trained it."""
-    weights = loaded.config.backbone_weights
-    config = dataclasses.replace(
-        loaded.config,
-        data_root=None,
-        init_weights=None,
-        backbone_weights=Path(weights).name if weights else "none",
-        download=False,
-    )
+    """Write a loaded model for others; see `save_weights`."""
     save_weights(
         path,
         loaded.model,
-        config,
+        loaded.config,
         loaded.class_names,
         loaded.anchors,
-        public_results(loaded),
+        loaded.results,
         loaded.calibration,
         loaded.confidence,
     )
-
-
-def public_results(loaded: LoadedWeights) -> dict[str, Any]:
-    """Return the results with no more of the path of the data than its last part."""
-    root = Path(loaded.config.data_root or "")
-    if not root.name:
-        return loaded.results
-    return {
-        key: value.replace(str(root), root.name) if isinstance(value, str) else value
-        for key, value in loaded.results.items()
-    }
 
 
 def bundled_weights() -> dict[str, Path]:
@@ -284,57 +279,77 @@ def load_weights(path: Path) -> LoadedWeights:
         UserError: if the file is missing, damaged or not ours.
     """
     path = find(path)
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else load_checkpoint(path)
-    config = ResolvedConfig.from_dict(content["config"])
-    class_names = tuple(content["classes"])
-    model = build_model(config, len(class_names))
-    weights = {
-        name: value.float() if value.is_floating_point() else value
-        for name, value in content["ema"].items()
-    }
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(
-            f"{path}: does not fit its own configuration ({str(error).splitlines()[1].strip()})"
-        ) from None
-    anchors = content["anchors"]
+    if path.suffix == ".safetensors":
+        tensors, metadata = read_safetensors(path)
+        try:
+            content = {key: json.loads(value) for key, value in metadata.items() if key in _AS_JSON}
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: its metadata cannot be read ({error})") from None
+        if "config" not in content:
+            raise UserError(
+                f"{path}: was not written by this project (it carries no configuration)"
+            )
+    else:
+        content = load_checkpoint(path)
+        content["results"] = _results_of_run(path, content)
+        tensors = content.get("ema", {})
+    about = describe(path, content)
+    check_tensors(path, about, tensors)
+    model = build_model(about.config, len(about.class_names))
+    model.load_state_dict(tensors)
     return LoadedWeights(
         model=model.eval().to(memory_format=torch.channels_last),
-        config=config,
-        class_names=class_names,
-        anchors=None if anchors is None else torch.as_tensor(anchors, dtype=torch.float32),
-        results=content.get("results") or _results_of_run(path, content),
-        digest=content_digest({"weights": content["ema"]})[:16],
+        digest=content_digest({"weights": tensors})[:16],
         path=path,
-        calibration=content.get("calibration"),
-        confidence=content.get("confidence") or SHOWN_SCORE,
+        **vars(about),
     )
 
 
-def _results_of_run(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the `results.json` of the run that a checkpoint ended; nothing for an earlier checkpoint."""
-    file = path.absolute().parent.parent / "results.json"
-    results = json.loads(file.read_text()) if file.is_file() else {}
-    return results if results.get("step") == content.get("step") else {}
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a file, checked by its digest if it is one of ours.
 
+    Files of earlier versions have none, which is said; those of other programs may hold anything.
 
-def _read_safetensors(path: Path) -> dict[str, Any]:
+    Raises:
+        UserError: if it is missing, damaged, or of a later version.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such weight file")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
-    except (SafetensorError, OSError) as error:
+    except Exception as error:  # on damaged bytes it raises all sorts
         raise UserError(f"{path}: is damaged or no safetensors file ({error})") from None
-    if "config" not in metadata:
-        raise UserError(f"{path}: was not written by this project (it carries no configuration)")
-    return {
-        "ema": tensors,
-        **{key: json.loads(metadata[key]) for key in ("config", "classes", "anchors", "results")},
-        **{key: json.loads(metadata.get(key, "null")) for key in ("calibration", "confidence")},
-    }
+    if not metadata.keys() & {"format_version", "config", "digest"}:
+        return tensors, metadata
+    version, digest = metadata.get("format_version"), metadata.pop("digest", None)
+    if version not in ("1", str(WEIGHTS_VERSION)):
+        raise UserError(
+            f"{path}: is damaged, or of a later version of this project (weight format {version}; "
+            f"this one reads 1 and {WEIGHTS_VERSION})"
+        )
+    if digest is None and version == "1":
+        print(
+            f"notice: {path}: is of a version without digests: damage would go unseen; "
+            "evaluate.py --export writes it anew",
+            file=sys.stderr,
+            flush=True,
+        )
+    elif digest != content_digest({"metadata": metadata, "tensors": tensors}):
+        raise UserError(f"{path}: is damaged (its digest does not match its content)")
+    return tensors, metadata
+
+
+def _results_of_run(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `results.json` of the run that a checkpoint ended; nothing for an earlier checkpoint."""
+    file = path.absolute().parent.parent / "results.json"
+    try:
+        results = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    same = isinstance(results, dict) and results.get("step") == content.get("step")
+    return results if same else {}
 
 
 def _parts(value: Any) -> Iterator[bytes]:

@@ -1,19 +1,23 @@
 """The folder of a run: where it is, whether it may be written, and what lies in it."""
 
+import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from filelock import BaseFileLock, FileLock, Timeout
 
+from yolo.cli import read_yaml
 from yolo.config import Config
 from yolo.errors import UsageError, UserError
-from yolo.files import replacing
+from yolo.files import read_text, replacing
 
 RUNS = Path("runs")
 CHECKPOINTS = "epoch*-step*-lr*.ckpt"
 LOCK_SECONDS = 10.0  # a killed start may still be ending
+_DIGEST = "# digest "
 
 
 class RunFolder:
@@ -43,8 +47,21 @@ class RunFolder:
         `max_steps` stays out: it ends one start of the run, and a later one shall be able to go further.
         """
         values = {key: value for key, value in config.to_dict().items() if key != "max_steps"}
+        text = yaml.safe_dump(values, sort_keys=False)
         with replacing(self.config) as temporary:
-            temporary.write_text(yaml.safe_dump(values, sort_keys=False))
+            temporary.write_text(f"{_digest_line(text)}\n{text}")
+
+    def read_config(self) -> tuple[dict[str, Any], bool]:
+        """Return the stored configuration, and whether it is as it was written.
+
+        Files of earlier versions carry no digest: they count as intact.
+
+        Raises:
+            UsageError: if it cannot be read.
+        """
+        first, _, text = read_text(self.config).partition("\n")
+        intact = not first.startswith(_DIGEST) or first == _digest_line(text)
+        return read_yaml(self.config), intact
 
     def lock(self) -> BaseFileLock | None:
         """Keep other trainings out until this process ends, however it ends.
@@ -206,6 +223,17 @@ def newest_run() -> Path | None:
 def checkpoint_name(epoch: int, step: int, lr: float) -> str:
     """Return the name of a checkpoint, which carries the schedule's value."""
     return f"epoch{epoch:03d}-step{step:06d}-lr{lr:.3e}.ckpt"
+
+
+def _digest_line(text: str) -> str:
+    return f"{_DIGEST}{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def run_of(path: Path) -> RunFolder | None:
+    """Return the run folder in which, or in whose `checkpoints/`, a file lies; None for a file elsewhere."""
+    home = path.absolute().parent
+    folder = RunFolder(home.parent if home.name == "checkpoints" else home)
+    return folder if folder.config.exists() and folder.checkpoints.is_dir() else None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -5,13 +5,12 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from yolo.config import Config
@@ -20,7 +19,7 @@ from yolo.files import bundled, find
 from yolo.models.backbones import TimmBackbone, fetch_state, fit_state
 from yolo.models.darknet_weights import darknet_convolutions, load_darknet
 from yolo.models.yolov3 import ANCHORS_PER_SCALE, YoloV3
-from yolo.runs.checkpoint import load_checkpoint
+from yolo.runs.checkpoint import load_checkpoint, read_safetensors
 
 OUTPUT_LAYER = re.compile(r"heads\.\d+\.1\.|classifier\.")  # its size is that of the class list
 WRAPPERS = re.compile(
@@ -242,12 +241,10 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], list[str] | None]:
     """Return the named tensors of a file, without the prefixes of wrappers, and its class names."""
     names = None
     if path.suffix == ".safetensors":
-        try:
-            content: Any = load_file(path)
-            with safe_open(path, framework="pt") as file:
-                names = json.loads((file.metadata() or {}).get("classes", "null"))
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: is damaged or no safetensors file ({error})") from None
+        content: Any
+        content, metadata = read_safetensors(path)
+        with suppress(ValueError):  # of another program
+            names = json.loads(metadata.get("classes", "null"))
     elif path.suffix == ".ckpt":
         stored = load_checkpoint(path)
         content, names = stored["ema"], stored["classes"]

@@ -3,6 +3,7 @@
 Only rank 0 writes; on the other ranks the writing methods do nothing.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from filelock import BaseFileLock
 from torch import nn
 
 from yolo.config import ResolvedConfig
+from yolo.errors import UserError
 from yolo.data.splits import parse_split
 from yolo.files import replacing, write_json
 from yolo.runs.checkpoint import (
@@ -119,7 +121,12 @@ class Run:
     def _set_best_aside(self) -> None:
         """Rename the best weights if they are of a test after this start of the run."""
         best = self.folder.best
-        if best.exists() and load_weights(best).results.get("step", 0) > self.state.step:
+        try:
+            step = load_weights(best).results.get("step", 0) if best.exists() else 0
+        except UserError as error:
+            self.log(f"warning: {error}")
+            step = math.inf
+        if step > self.state.step:
             best.replace(best.with_name(best.name + ".aside"))
             self._mirror_remove(best)
 
@@ -156,7 +163,10 @@ class Run:
         """Write weights as the best of this run, with what was measured of them."""
         names, anchors = self.task.class_names, self.task.anchors
         path = self.folder.best
-        save_weights(path, model, self.cfg, names, anchors, results, confidence=confidence)
+        try:
+            save_weights(path, model, self.cfg, names, anchors, results, confidence=confidence)
+        except UserError as error:  # beyond half precision, which ends no training
+            self.log(f"warning: {error}")
         self._mirror_copy(path)
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
