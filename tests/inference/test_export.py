@@ -128,7 +128,8 @@ def test_weights_for_others_do_not_tell_where_the_data_lay(tmp_path: Path) -> No
     anchors = make_anchors(COCO_ANCHORS, 416)
     model = YoloV3(len(CLASSES), config.width)
     export(
-        LoadedWeights(model, config, CLASSES, anchors, results, "", Path()), tmp_path / "w.safetensors"
+        LoadedWeights(model, config, CLASSES, anchors, results, "", Path()),
+        tmp_path / "w.safetensors",
     )
     assert b"/home/me" not in (tmp_path / "w.safetensors").read_bytes()
     again = load_weights(tmp_path / "w.safetensors")

@@ -142,7 +142,9 @@ PLACES = {
 
 
 def test_a_weight_file_names_no_place_and_gives_no_orders(tmp_path: Path, parts: Parts) -> None:
-    loaded = load_weights(write(tmp_path / "w.safetensors", parts, config=config_of(parts, **PLACES)))
+    loaded = load_weights(
+        write(tmp_path / "w.safetensors", parts, config=config_of(parts, **PLACES))
+    )
     plain = Config()
     assert {name: getattr(loaded.config, name) for name in PLACES} == {
         name: getattr(plain, name) for name in PLACES

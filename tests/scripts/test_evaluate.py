@@ -22,6 +22,7 @@ from yolo.metrics.average_precision import load_objects
 from yolo.metrics.matching import Detections
 from yolo.models.yolov3 import YoloV3, make_anchors
 from yolo.runs.checkpoint import load_weights, save_weights
+from yolo.runs.folder import RunFolder
 from yolo.runs.folder import newest_run
 from yolo.viz.draw import class_color, draw_boxes
 from yolo.viz.error_grids import error_grids
@@ -45,7 +46,7 @@ CPU = ["--workers", "0", "--accelerator", "cpu", "--precision", "32-true"]
 
 @pytest.fixture(scope="module")
 def weights(tiny_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained detector that says 0 everywhere, with each anchor by its own strength."""
+    """An untrained detector in a run folder: it says 0 everywhere, with each anchor by its own strength."""
     torch.manual_seed(0)
     cfg = Config(
         data_root=str(tiny_digits),
@@ -61,7 +62,9 @@ def weights(tiny_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
             head[-1].weight.zero_()
             head[-1].bias.view(3, -1)[:, 4] = torch.tensor([-1.0, 0.0, 1.0])
             head[-1].bias.view(3, -1)[:, 5] = 4.0
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    run = RunFolder(tmp_path_factory.mktemp("run"))
+    run.write_config(cfg)
+    path = run.checkpoints / "tiny.safetensors"
     save_weights(
         path,
         model,
@@ -293,11 +296,16 @@ def test_curves_are_drawn_from_any_lines(tmp_path: Path) -> None:
 
 
 def test_calibrating_writes_a_new_weight_file_that_is_used_like_any_other(
-    weights: Path, evaluation: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    weights: Path,
+    evaluation: Path,
+    tiny_digits: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     trained = tmp_path / "weights.safetensors"
     trained.write_bytes(weights.read_bytes())
-    words = ["--checkpoint", str(trained), "--split", "test", *CPU, "--out-dir"]
+    data = ["--data-root", str(tiny_digits), "--split", "test"]
+    words = ["--checkpoint", str(trained), *data, *CPU, "--out-dir"]
     assert evaluate.main([*words, str(tmp_path / "fit"), "--calibrate", "--nms", "merge"]) == 0
     calibrated = tmp_path / "weights-calibrated.safetensors"
     assert trained.read_bytes() == weights.read_bytes()
