@@ -22,8 +22,7 @@ from yolo.metrics.average_precision import load_objects
 from yolo.metrics.matching import Detections
 from yolo.models.yolov3 import YoloV3, make_anchors
 from yolo.runs.checkpoint import load_weights, save_weights
-from yolo.runs.folder import RunFolder
-from yolo.runs.folder import newest_run
+from yolo.runs.folder import RunFolder, newest_run
 from yolo.viz.draw import class_color, draw_boxes
 from yolo.viz.error_grids import error_grids
 from yolo.viz.figures import plot_curves
