@@ -19,11 +19,12 @@ from yolo.config import (
     UNSTORED,
     AugmentConfig,
     Config,
-    LossConfig,
+    DataConfig,
+    HardwareConfig,
     ModelConfig,
+    OptimizerConfig,
     PostprocessConfig,
     ResolvedConfig,
-    ScheduleConfig,
 )
 from yolo.errors import UsageError, UserError
 from yolo.metrics.report import SHOWN_SCORE
@@ -31,12 +32,15 @@ from yolo.models.build import build_model
 from yolo.models.yolov3 import ANCHORS_PER_SCALE, STRIDES
 from yolo.runs.folder import RunFolder, run_of
 
-_GROUPS = (ModelConfig, LossConfig, AugmentConfig, ScheduleConfig, PostprocessConfig)
+_GROUPS = (ModelConfig, AugmentConfig, OptimizerConfig, PostprocessConfig)
 # Of these keys the last two say what a model is from and how it was tried, as text for people.
 OF_THE_MODEL = (
     {field.name for group in _GROUPS for field in fields(group)}
     - {"backbone_weights", "init_weights", "max_steps"}
 ) | {"task", "dataset", "precision", "train_split"}
+OF_THE_RUN = {field.name for group in (DataConfig, HardwareConfig) for field in fields(group)} - (
+    OF_THE_MODEL
+)
 MAX_WIDTH = 8.0
 MAX_CLASSES = 10_000
 MAX_SIZE = 4096  # pixels
@@ -158,9 +162,7 @@ def _of_the_run(folder: RunFolder, stored: Mapping[str, Any]) -> dict[str, Any]:
     types = get_type_hints(ResolvedConfig)
     content, intact = folder.read_config()
     values = {
-        key: as_type(types[key], value)
-        for key, value in content.items()
-        if key in types and key not in OF_THE_MODEL
+        key: as_type(types[key], value) for key, value in content.items() if key in OF_THE_RUN
     }
     if not intact and any(stored.get(key) != content[key] for key in values):
         raise UserError(
