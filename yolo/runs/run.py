@@ -15,8 +15,8 @@ from filelock import BaseFileLock
 from torch import nn
 
 from yolo.config import ResolvedConfig
-from yolo.errors import UserError
 from yolo.data.splits import parse_split
+from yolo.errors import UserError
 from yolo.files import replacing, write_json
 from yolo.runs.checkpoint import (
     BEST_FILE,
