@@ -14,7 +14,6 @@ from lively import lively_detector
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from yolo.data.labelled import CIFAR10_CLASSES
 
 import app
 import evaluate
@@ -22,6 +21,7 @@ import gradcam
 from yolo.app.models import load_models
 from yolo.app.space import find_samples
 from yolo.config import Config
+from yolo.data.classifier_images import CIFAR10_CLASSES
 from yolo.errors import UserError
 from yolo.files import bundled
 from yolo.models.resnet import ResNet

@@ -154,7 +154,7 @@ def _settings(path: Path, stored: Mapping[str, Any]) -> tuple[ResolvedConfig, Pa
         raise UserError(f"its width is {config.width:g}; at most {MAX_WIDTH:g} is allowed")
     if (largest := max(*config.img_sizes, config.resolved_test_size)) > MAX_SIZE:
         raise UserError(f"its images are {largest} pixels wide; at most {MAX_SIZE} is allowed")
-    return config, folder and folder.path
+    return config, folder.path if folder else None
 
 
 def _of_the_run(folder: RunFolder, stored: Mapping[str, Any]) -> dict[str, Any]:
