@@ -17,8 +17,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import tyro
 import yaml
 
-from yolo.errors import UsageError, UserError
-from yolo.files import find, read_text
+from yolo.errors import UsageError, UserError, one_line
+from yolo.files import find, parse_yaml, read_text
 
 Args = TypeVar("Args")
 # Not stored with a run: in a file they would hold for its first start but not its resume.
@@ -73,7 +73,7 @@ def run(main: Callable[[Sequence[str] | None], int]) -> None:
     except OSError as error:  # a full or unwritable disk
         if debug:
             raise
-        print(f"error: {error} (--debug shows where)", file=sys.stderr, flush=True)
+        print(f"error: {one_line(str(error))} (--debug shows where)", file=sys.stderr, flush=True)
         code = 1
     except RuntimeError as error:  # torch has no type of its own for it
         if debug or "DataLoader worker" not in str(error):
@@ -98,7 +98,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UsageError: if the file is missing, is no YAML, or is no mapping.
     """
     try:
-        values = yaml.safe_load(read_text(find(path)))
+        values = parse_yaml(read_text(find(path), may_be_pipe=True))  # as in `--config <(...)`
     except OSError as error:
         raise UsageError(f"--config {path}: cannot be read ({error.strerror})") from None
     except yaml.YAMLError as error:

@@ -1,7 +1,11 @@
 """The classifier's data, whatever it is packed in, its augmentations and its metrics."""
 
+import dataclasses
+import os
+import re
 import shutil
 import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,7 @@ from torchmetrics.functional.classification import (
 )
 
 from yolo.config import AugmentConfig, DataConfig
-from yolo.data import classifier_images
+from yolo.data import archives, classifier_images
 from yolo.data.archives import read_members
 from yolo.data.classifier_images import open_dataset, open_datasets
 from yolo.data.classifier_samples import EvalImages, TrainImages, collate_images
@@ -164,8 +168,60 @@ def test_a_tar_is_whole_or_named_as_truncated_wherever_it_was_cut(tmp_path: Path
 def test_a_truncated_archive_is_named(class_folders: Path, tmp_path: Path) -> None:
     archive = _as_tar_xz(class_folders, tmp_path)
     archive.write_bytes(archive.read_bytes()[:-4000])
-    with pytest.raises(UserError, match=r"images\.tar\.xz: is damaged or truncated"):
+    with pytest.raises(UserError, match=r"images\.tar\.xz: .* is damaged, truncated"):
         open_datasets(_images(archive))
+
+
+def _zip_of(path: Path, **files: bytes) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for split in ("train", "test"):
+            for name, content in files.items():
+                archive.writestr(f"{split}/cat/{name}.png", content)
+    return path
+
+
+def _set_flags(path: Path, place: int, value: int) -> None:
+    """Change a byte of every entry of a zip: at 8 the flags (1: encrypted), at 10 the compression."""
+    content = bytearray(path.read_bytes())
+    for found in re.finditer(b"PK\1\2", bytes(content)):
+        content[found.start() + place] = value
+    for found in re.finditer(b"PK\3\4", bytes(content)):
+        content[found.start() + place - 2] = value
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(("place", "value"), [(8, 1), (10, 99)])
+def test_a_locked_or_strangely_packed_member_is_named(
+    tmp_path: Path, place: int, value: int
+) -> None:
+    path = _zip_of(tmp_path / "x.zip", a=b"never read")
+    _set_flags(path, place, value)
+    with pytest.raises(UserError, match=r"x\.zip: train/cat/a\.png: cannot be unpacked"):
+        open_datasets(_images(path))
+
+
+def test_an_archive_that_unpacks_to_far_more_than_pictures_do_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archives, "FREE_UNPACKED", 10**6)
+    path = _zip_of(tmp_path / "bomb.zip", **{str(i): bytes(3_000_000) for i in range(4)})
+    with pytest.raises(UserError, match=r"bomb\.zip: is refused: .* GB and more in an archive of"):
+        open_datasets(_images(path))
+
+
+def test_pipes_and_huge_files_among_the_pictures_are_passed_over_and_counted(
+    class_folders: Path, tmp_path: Path
+) -> None:
+    root = shutil.copytree(class_folders, tmp_path / "copy")
+    os.mkfifo(root / "train/cat/pipe.png")
+    with (root / "train/cat/huge.png").open("wb") as file:
+        file.truncate(archives.MAX_MEMBER + 1)
+    with pytest.raises(
+        UserError, match=r"(pipe\.png: is a pipe|huge\.png: has 268 MB).*--skip-bad"
+    ):
+        open_datasets(_images(root))
+    train, _ = open_datasets(dataclasses.replace(_images(root), skip_bad=True))
+    assert len(train.skipped) == 2
 
 
 @pytest.fixture

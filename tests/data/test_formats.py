@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from yolo.config import Config
+from yolo.data import yolo
 from yolo.data.class_names import VOC_CLASSES, named_classes, read_class_names
 from yolo.data.sources import open_dataset, open_datasets
 from yolo.data.yolo import read_csv_layout, read_yolo_folder
@@ -270,6 +271,24 @@ def test_files_saved_by_windows_programs_are_read_or_refused_in_one_line(kaggle:
     with pytest.raises(UserError, match=r"000007\.txt: is not UTF-8 text"):
         read_csv_layout(kaggle, "train", None)
     assert len(read_csv_layout(kaggle, "train", None, skip_bad=True)) == 1
+
+
+def test_a_label_file_of_a_million_lines_is_a_defect(kaggle: Path, monkeypatch):
+    monkeypatch.setattr(yolo, "MAX_LINES", 1000)
+    (kaggle / "labels/000007.txt").write_text("0 0.5 0.5 0.1 0.1\n" * 1001)
+    message = r"000007\.txt: has 1001 lines; no image has more than 1000 objects"
+    with pytest.raises(UserError, match=message):
+        read_csv_layout(kaggle, "train", VOC_CLASSES)
+    assert len(read_csv_layout(kaggle, "train", VOC_CLASSES, skip_bad=True).skipped) == 1
+
+
+def test_a_csv_that_is_none_is_one_line(kaggle: Path):
+    (kaggle / "train.csv").write_text(f'000007.jpg,"{"x" * 200_000}"\n')
+    with pytest.raises(UserError, match=r"train\.csv: is no readable CSV \(field larger than"):
+        read_csv_layout(kaggle, "train", VOC_CLASSES)
+    (kaggle / "train.csv").write_text(f"{'x' * 9000}.jpg,y.txt\na\0.jpg,b.txt\n")
+    with pytest.raises(UserError, match="none of the images can be used"):
+        read_csv_layout(kaggle, "train", VOC_CLASSES, skip_bad=True)
 
 
 def test_a_missing_split_names_what_is_there(folder: Path):

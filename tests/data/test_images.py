@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from yolo.data.dataset import MAX_PIXELS, RawAnnotation, assemble, find_image, header_size, read_rgb
+from yolo.data.dataset import (
+    MAX_PIXELS,
+    RawAnnotation,
+    assemble,
+    check_pixels,
+    find_image,
+    header_size,
+    read_rgb,
+)
+from yolo.data.images import letterboxed
 from yolo.errors import UserError
 
 ORIENTATION = 0x0112
@@ -156,7 +165,46 @@ def test_an_image_of_a_hundred_million_pixels_is_refused_by_its_header(tmp_path:
     raw = RawAnnotation("huge", path, path, 10000, 10000, [])
     with pytest.raises(UserError, match=r"huge\.png: 10000x10000 is over 64 million pixels; scale"):
         assemble("test", ["huge"], lambda _: raw, ("cat",), skip_bad=False)
+    with pytest.raises(UserError, match=r"huge\.png: 10000x10000 is over 64 million pixels; scale"):
+        letterboxed(path, 64)
+    with pytest.raises(UserError, match=r"huge\.png: 10000x10000 is over 64 million pixels; scale"):
+        check_pixels(path, path.read_bytes())
     assert MAX_PIXELS < 10**8
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_twelve_bits_in_a_file_for_sixteen_are_no_night(tmp_path: Path, suffix: str):
+    pixels = np.linspace(0, 4095, 64 * 48 * 3).reshape(48, 64, 3).astype(np.uint16)
+    for name, values in (("twelve", pixels), ("sixteen", pixels * 16)):
+        cv2.imwrite(str(tmp_path / f"{name}.{suffix}"), values)
+    twelve, sixteen = (read_rgb(tmp_path / f"{name}.{suffix}") for name in ("twelve", "sixteen"))
+    assert twelve.max() == 255
+    np.testing.assert_allclose(twelve.astype(int), sixteen, atol=1)  # TIFF is rounded, PNG cut off
+
+
+def test_pictures_that_are_turned_or_hold_twelve_bits_are_counted(
+    picture: Image.Image, tmp_path: Path
+):
+    save(picture, tmp_path / "a.jpg", orientation=3)
+    save(picture, tmp_path / "b.jpg", orientation=6)
+    cv2.imwrite(str(tmp_path / "c.png"), np.full((48, 64), 4000, np.uint16))
+    sizes = {"a.jpg": (48, 64), "b.jpg": (64, 48), "c.png": (48, 64)}
+
+    def notices(follow_exif: bool) -> list[str]:
+        def raw(name: str) -> RawAnnotation:
+            return RawAnnotation(name, tmp_path / name, tmp_path / name, *sizes[name], [])
+
+        return assemble("test", list(sizes), raw, ("cat",), False, follow_exif).notices
+
+    turned, bits = notices(follow_exif=True)
+    assert turned == f"2 pictures are turned as their EXIF tag says; the first: {tmp_path}/a.jpg"
+    assert (
+        bits
+        == f"1 pictures hold 12 bits in a file for 16 and are read so; the first: {tmp_path}/c.png"
+    )
+    stored, turned, _ = notices(follow_exif=False)
+    assert stored.startswith("1 pictures have an EXIF tag that turns them, but are read as stored")
+    assert turned == f"1 pictures are turned as their EXIF tag says; the first: {tmp_path}/b.jpg"
 
 
 def test_images_are_found_by_any_usual_suffix(tmp_path: Path):

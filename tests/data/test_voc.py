@@ -169,6 +169,22 @@ def test_an_entity_bomb_is_refused(root: Path):
     assert "bomb.xml: is no valid XML" in refusal(root)
 
 
+@pytest.mark.parametrize("encoding", ["klingon", "utf-7"])
+def test_xml_in_an_encoding_that_nobody_knows_is_a_defect(root: Path, encoding: str):
+    write_image(root, "other")
+    path = root / "Annotations" / "other.xml"
+    path.write_text(f'<?xml version="1.0" encoding="{encoding}"?>{path.read_text()}')
+    assert "other.xml: is no valid XML" in refusal(root)
+    assert len(read_voc(root, "train", None, skip_bad=True)) == 1
+
+
+def test_a_line_of_a_split_that_no_file_can_be_named_like_is_a_defect(root: Path):
+    with (root / "ImageSets/Main/train.txt").open("a") as file:
+        file.write("x" * 5000 + "\na\0b\n")
+    dataset = read_voc(root, "train", None, skip_bad=True)
+    assert (len(dataset), len(dataset.skipped)) == (1, 2)
+
+
 def test_missing_data_says_what_was_looked_for_and_how_to_get_it(root: Path, tmp_path: Path):
     message = refusal(tmp_path / "nowhere", "2007:trainval")
     assert "nowhere" in message and "VOC2007/Annotations" in message

@@ -69,7 +69,11 @@ def _decode(image: Image.Image) -> Picture:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode[0] in "IF":  # 16 and 32 bits: Pillow would cut off all above 255
         values = np.asarray(image, np.float32)
-        top = 65535.0 if image.mode.startswith("I") else float(values.max())
+        largest = float(values.max(initial=0))
+        deep = (
+            4095.0 if largest <= 4095 else 65535.0
+        )  # 12 bits in a file for 16, as of many cameras
+        top = deep if image.mode.startswith("I") else largest
         image = Image.fromarray((values / max(top, 1e-9) * 255).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -4,21 +4,42 @@ import hashlib
 import lzma
 import os
 import shutil
+import struct
 import tarfile
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from yolo.errors import UserError
+from yolo.files import check_regular
 
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff",
 )  # fmt: skip
 Wanted = Callable[[PurePosixPath], bool]
-Members = Iterator[tuple[PurePosixPath, bytes]]
+Members = Iterator[
+    tuple[PurePosixPath, Callable[[], bytes]]
+]  # a path, and how it is read, then and there
+
+MAX_MEMBER = 1 << 28  # bytes of one file, unpacked
+MAX_MEMBERS = 5_000_000
+MOST_UNPACKED = 200  # times the archive, beyond what is free: photographs are packed already
+FREE_UNPACKED = 10**9  # bytes
+DAMAGED = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    lzma.LZMAError,
+    zlib.error,
+    EOFError,
+    NotImplementedError,  # a compression or an encryption that `zipfile` does not know
+    RuntimeError,  # a password
+    ValueError,
+    struct.error,
+)
 
 
 def is_image(path: PurePath) -> bool:
@@ -57,14 +78,17 @@ def _leads_upwards(path: Path) -> bool:
 
 
 def read_members(root: Path, wanted: Wanted) -> Members:
-    """Yield path and content of the wanted files of a folder, a tar (of any compression) or a zip.
+    """Yield the wanted files of a folder, a tar (of any compression) or a zip, and how each is read.
 
-    Hidden files are left out.
+    Hidden files are left out. A file has to be read before the next one is asked for; reading raises
+    `UserError` for one that is damaged, locked, too large, a pipe or a device.
 
     Raises:
-        UserError: if `root` is none of them, or ends too early.
+        UserError: if `root` is none of them, ends too early, or unpacks to what no archive of pictures
+            does.
     """
     try:
+        check_regular(root)
         if root.is_dir():
             yield from _folder_members(root, wanted)
         elif zipfile.is_zipfile(root):
@@ -73,7 +97,7 @@ def read_members(root: Path, wanted: Wanted) -> Members:
             yield from _tar_members(root, wanted)
         else:
             raise UserError(f"--data-root {root}: is neither a folder nor a readable tar or zip")
-    except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError) as error:
+    except DAMAGED as error:
         raise UserError(f"{root}: is damaged or truncated ({error}); fetch it again") from None
     except OSError as error:
         raise UserError(f"--data-root {root}: cannot be read ({error.strerror or error})") from None
@@ -118,12 +142,12 @@ def unpacked(archive: Path) -> Path:
     place.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=place))
     try:
-        for inside, content in read_members(archive, lambda path: True):
+        for inside, read in read_members(archive, lambda path: True):
             if inside.is_absolute() or ".." in inside.parts:
                 raise UserError(f"{archive}: {inside} would be written outside of its folder")
             file = part / inside
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(content)
+            file.write_bytes(read())
         part.chmod(0o755)
         part.rename(place / name)
     except BaseException as error:
@@ -137,29 +161,71 @@ def _folder_members(root: Path, wanted: Wanted) -> Members:
     for path in walk(root):
         inside = PurePosixPath(path.relative_to(root).as_posix())
         if wanted(inside):
-            yield inside, path.read_bytes()
+            yield inside, partial(_read_file, path)
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        check_regular(path, MAX_MEMBER)
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _zip_members(root: Path, wanted: Wanted) -> Members:
     with zipfile.ZipFile(root) as archive:
+        limit = _Limit(root)
+        for info in archive.infolist():
+            limit.count(info.file_size)
         for info in archive.infolist():
             inside = PurePosixPath(info.filename)
             if not info.is_dir() and not is_hidden(inside) and wanted(inside):
-                yield inside, archive.read(info)
+                yield inside, partial(_unpack, inside, info.file_size, partial(archive.read, info))
 
 
 def _tar_members(root: Path, wanted: Wanted) -> Members:
     with tarfile.open(
         root, "r|*"
     ) as archive:  # as a stream: seeking in a compressed tar starts over
+        limit = _Limit(root)
         for member in archive:
             inside = PurePosixPath(member.name)
+            limit.count(member.size)  # of a stream all is unpacked, wanted or not
             if member.isfile() and not is_hidden(inside) and wanted(inside):
                 content = archive.extractfile(member)
                 if content is not None:
-                    yield inside, content.read()
+                    yield inside, partial(_unpack, inside, member.size, content.read)
         stream: Any = archive.fileobj
         if (
             stream.tell() < archive.offset + tarfile.BLOCKSIZE
         ):  # tarfile takes such a cut for the end
             raise EOFError("it has no end mark")
+
+
+def _unpack(inside: PurePosixPath, size: int, read: Callable[[], bytes]) -> bytes:
+    if size > MAX_MEMBER:
+        raise UserError(f"{inside}: has {size / 1e6:.0f} MB; no picture is as large")
+    try:
+        return read()
+    except (*DAMAGED, OSError) as error:
+        raise UserError(
+            f"{inside}: cannot be unpacked ({error}): the archive is damaged, truncated or locked"
+        ) from None
+
+
+class _Limit:
+    """Stops at an archive that unpacks to more than any data set does: a bomb."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.members, self.unpacked = root, 0, 0
+        self.most = FREE_UNPACKED + MOST_UNPACKED * root.stat().st_size
+
+    def count(self, size: int) -> None:
+        self.members += 1
+        self.unpacked += size
+        if self.members > MAX_MEMBERS or self.unpacked > self.most:
+            raise UserError(
+                f"{self.root}: is refused: {self.members:,} files of {self.unpacked / 1e9:.1f} GB and "
+                f"more in an archive of {self.root.stat().st_size / 1e6:.1f} MB; unpack it yourself if "
+                "you trust it"
+            )

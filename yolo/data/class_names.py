@@ -9,7 +9,7 @@ import yaml
 
 from yolo.config import DataConfig
 from yolo.errors import UserError
-from yolo.files import read_text
+from yolo.files import parse_yaml, read_text
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -50,7 +50,7 @@ def load_yaml(path: Path) -> Any:
         UserError: if it is no YAML.
     """
     try:
-        return yaml.load(read_text(path), _Text)
+        return parse_yaml(read_text(path), _Text)
     except yaml.YAMLError as error:
         why = getattr(error, "problem", None) or "cannot be parsed"
         raise UserError(f"{path}: is no readable YAML ({why})") from None
@@ -83,14 +83,21 @@ def read_class_names(path: Path) -> dict[int, str]:
 
 def _yaml_names(path: Path, text: str) -> dict[int, str]:
     try:
-        content = yaml.load(text, _Text)
+        content = parse_yaml(text, _Text)
         names = content["names"]
         if isinstance(names, str):
             names = names.split(",")
         pairs = names.items() if isinstance(names, dict) else enumerate(names)
         found = _checked(path, sorted((int(number), name) for number, name in pairs))
         count = int(content.get("nc") or max(found) + 1)
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (
+        yaml.YAMLError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+    ) as error:
         why = getattr(error, "problem", None) or "want a list, or a mapping from class numbers"
         raise UserError(f"{path}: has no readable `names:` ({why})") from None
     if count not in (len(found), max(found) + 1):

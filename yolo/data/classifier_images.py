@@ -16,7 +16,7 @@ import numpy as np
 from yolo.config import DataConfig
 from yolo.data.archives import is_image, read_members
 from yolo.data.class_names import named_classes
-from yolo.data.dataset import decode_rgb, notice
+from yolo.data.dataset import check_pixels, decode_rgb, notice
 from yolo.data.splits import drawn, parse_split
 from yolo.errors import UsageError, UserError
 
@@ -186,7 +186,7 @@ def _read_binary(cfg: DataConfig, splits: Sequence[str]) -> dict[str, _Split]:
     wanted = {name for names in files.values() for name in names}
     source = _binary_source(_root(cfg), cfg.download)
     batches = {
-        path.name: data for path, data in read_members(source, lambda path: path.name in wanted)
+        path.name: read() for path, read in read_members(source, lambda path: path.name in wanted)
     }
     missing = sorted(wanted - set(batches))
     if missing:
@@ -253,10 +253,12 @@ def _read_class_folders(root: Path, splits: Sequence[str], skip_bad: bool) -> di
             unread[split].append(str(path))
         return split is not None and usable
 
-    for path, data in read_members(root, is_wanted):
+    for path, read in read_members(root, is_wanted):
         split, inside = _below_split(path, splits)
         assert split  # it is wanted
         try:
+            data = read()
+            check_pixels(path, data)
             image = to_32(decode_rgb(path, np.frombuffer(data, np.uint8)))
         except UserError as error:
             if not skip_bad:

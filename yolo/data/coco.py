@@ -6,6 +6,7 @@ https://cocodataset.org/#format-data. What Roboflow, CVAT, Label Studio and many
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from os.path import isfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -40,7 +41,7 @@ def read_coco(
         parents = {entry.get("supercategory") for entry in content["categories"]}
     except OSError as error:
         raise UserError(f"split '{split}': {path} cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: is no COCO JSON ({type(error).__name__}: {error})") from None
     used = {thing.name for things in boxes.values() for thing in things}
     # Roboflow writes the name of the whole set as a category that is above the others
@@ -103,7 +104,7 @@ def _images_by_name(root: Path) -> dict[str, list[Path]]:
 def _find(places: dict[str, list[Path]], beside: Path, root: Path, file_name: str) -> Path:
     """Return the image of that name: beside the JSON, or else where the longest end of its path agrees."""
     name = PurePosixPath(file_name.replace("\\", "/"))
-    if (beside / name).is_file():
+    if isfile(beside / name):
         return beside / name
     found = places.get(name.name, [])
 

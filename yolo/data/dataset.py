@@ -6,11 +6,13 @@ A source (the readers of layouts.py) only says what its files contain, as `RawAn
 
 import glob
 import hashlib
-import struct
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from io import BytesIO
+from os.path import exists
 from pathlib import Path, PurePath
 from typing import NamedTuple, Protocol
 
@@ -19,7 +21,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from yolo.data.archives import IMAGE_SUFFIXES, is_image
-from yolo.errors import UserError
+from yolo.errors import UserError, one_line
+from yolo.files import check_regular
 
 JPEG_START = b"\xff\xd8"
 END_MARKS = {
@@ -28,6 +31,8 @@ END_MARKS = {
 }  # of JPEG and PNG, by their start
 # decoded in several workers at once, more than this fills the memory of a small machine
 MAX_PIXELS = 64_000_000
+MAX_FILE = 1 << 30  # bytes of an image file: uncompressed, 64 million pixels are at most 512 MB
+TOO_LARGE = f"over {MAX_PIXELS // 10**6} million pixels"
 # pixels; must be exceeded. In VOC's inclusive pixels a box with xmin = xmax is one pixel wide
 MIN_BOX_SIDE = 1.0
 # pixels: 0-based tools and rounding put boxes this far outside; they are clipped in silence
@@ -44,6 +49,7 @@ _DECODE_FLAGS = {
     0
 )  # before OpenCV 5 it was in cv2
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 
 
 class Annotation(NamedTuple):
@@ -73,6 +79,9 @@ class RawAnnotation(NamedTuple):
     height: int
     width: int
     objects: list[RawBox]
+
+
+Remarks = defaultdict[str, list[str]]  # where something was not used as it stands, by what it was
 
 
 class ImageCache(Protocol):
@@ -180,7 +189,7 @@ class Defects:
 
 def notice(what: str, things: Sequence[object]) -> list[str]:
     """Return the line that says how many things there are and which is the first, if any."""
-    return [f"{len(things)} {what}; the first: {things[0]}"] if things else []
+    return [f"{len(things)} {what}; the first: {one_line(str(things[0]))}"] if things else []
 
 
 def assemble(
@@ -205,7 +214,8 @@ def assemble(
         UserError: if the split is empty, or for the first defect.
     """
     defects = Defects(skip_bad)
-    images = _checked_images(image_ids, read, defects)
+    remarks: Remarks = defaultdict(list)
+    images = _checked_images(image_ids, read, defects, follow_exif, remarks)
     if class_names is None:
         class_names = sorted({thing.name for image in images for thing in image.objects})
     label_of = {class_name: label for label, class_name in enumerate(class_names)}
@@ -226,6 +236,7 @@ def assemble(
         paths=[image.image for image in images],
         annotations=annotations,
         skipped=skipped,
+        notices=[line for what, places in remarks.items() for line in notice(what, places)],
         follow_exif=follow_exif,
     )
 
@@ -276,10 +287,13 @@ def read_rgb(
         UserError: naming the file.
     """
     try:
+        if size is None:  # nobody has looked at it yet
+            check_regular(path, MAX_FILE)
         encoded = np.fromfile(path, np.uint8)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if size is None:
+        check_pixels(path, encoded.tobytes())
         return decode_rgb(path, encoded, 1, follow_exif)
     is_jpeg = encoded[:2].tobytes() == JPEG_START  # whatever its name says
     shrink = _shrink(size, min_side) if is_jpeg else 1
@@ -299,31 +313,71 @@ def header_size(path: Path, follow_exif: bool = False) -> tuple[int, int]:
     Raises:
         UserError: naming the file, if it is missing or no image.
     """
+    header = _header_of(path)
+    return header.turned if follow_exif else (header.height, header.width)
+
+
+class _Header(NamedTuple):
+    """What an image file says of itself before its pixels."""
+
+    height: int  # as stored
+    width: int
+    orientation: int  # of EXIF; 5-8 exchange the sides
+    is_deep: bool  # 16 bits a channel
+
+    @property
+    def turned(self) -> tuple[int, int]:
+        """(height, width) as the EXIF tag turns the image."""
+        exchanged = self.orientation >= 5
+        return (self.width, self.height) if exchanged else (self.height, self.width)
+
+
+def _header_of(path: Path) -> _Header:
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-            if follow_exif and _orientation(image) >= 5:  # 5-8 exchange the sides
-                width, height = height, width
+        check_regular(path, MAX_FILE)
+        return _read_header(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such image") from None
     except Image.DecompressionBombError:
-        raise UserError(
-            f"{path}: is over {MAX_PIXELS // 10**6} million pixels; scale it down"
-        ) from None
-    except (UnidentifiedImageError, OSError):
-        raise UserError(f"{path}: is no image that can be read") from None
-    return height, width
+        raise UserError(f"{path}: is {TOO_LARGE}; scale it down") from None
+    except OSError as error:
+        reason = f" ({error.strerror})" if error.strerror else ""
+        raise UserError(f"{path}: is no image that can be read{reason}") from None
+
+
+def check_pixels(path: PurePath, encoded: bytes) -> None:
+    """Refuse an image file by its header, before memory is taken for its pixels.
+
+    Raises:
+        UserError: naming `path`, if it has more than `MAX_PIXELS`.
+    """
+    try:
+        header = _read_header(BytesIO(encoded))
+    except Image.DecompressionBombError:
+        raise UserError(f"{path}: is {TOO_LARGE}; scale it down") from None
+    except OSError:
+        return  # the decoder may know better
+    if header.height * header.width > MAX_PIXELS:
+        raise UserError(f"{path}: {header.width}x{header.height} is {TOO_LARGE}; scale it down")
+
+
+def _read_header(file: Path | BytesIO) -> _Header:
+    """Read a header; `OSError` if it is of no image, `DecompressionBombError` if it is Pillow's limit."""
+    try:
+        with Image.open(file) as image:
+            width, height = image.size
+            is_deep = ";16" in str(image.tile[:1])
+            return _Header(height, width, _orientation(image), is_deep)
+    except (OSError, Image.DecompressionBombError):
+        raise
+    except Exception:  # on damaged headers Pillow raises nearly everything
+        raise UnidentifiedImageError from None
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(0x0112, 1))
-    except (
-        SyntaxError,
-        ValueError,
-        TypeError,
-        struct.error,
-    ):  # a damaged tag is no tag, as for OpenCV
+    except Exception:  # a damaged tag is no tag, as for OpenCV
         return 1
 
 
@@ -331,8 +385,10 @@ def find_image(folder: Path, stem: str) -> Path:
     """Return the image `stem` in `folder`, whatever its suffix; its JPEG name if there is none."""
     for suffix in IMAGE_SUFFIXES:
         for candidate in (folder / f"{stem}{suffix}", folder / f"{stem}{suffix.upper()}"):
-            if candidate.exists():
+            if exists(candidate):
                 return candidate
+    if "\0" in stem:
+        return folder / f"{stem}.jpg"
     others = sorted(folder.glob(f"{glob.escape(stem)}.*"))  # reads the folder: only for mixed case
     named = (path for path in others if path.stem == Path(stem).name)
     return next(filter(is_image, named), folder / f"{stem}.jpg")
@@ -353,9 +409,19 @@ def decode_rgb(
         image = None
     if image is None:
         raise UserError(f"{path}: is truncated or no image")
-    return (
-        image if shrink == 1 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-    )  # reduced decoding knows only BGR
+    if shrink > 1:
+        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)  # reduced decoding knows only BGR
+    is_jpeg = encoded[:2].tobytes() == JPEG_START
+    if not is_jpeg and image.max() <= 16 and holds_12_bits(encoded):
+        deep = np.asarray(cv2.imdecode(encoded, flags | cv2.IMREAD_ANYDEPTH))
+        return (deep >> 4).astype(np.uint8)
+    return image
+
+
+def holds_12_bits(encoded: np.ndarray) -> bool:
+    """Return whether an image file for 16 bits holds 12, as of many cameras: else they are black."""
+    image = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED)
+    return image is not None and image.dtype == np.uint16 and 255 < image.max() <= 4095
 
 
 def _shrink(size: tuple[int, int], min_side: int | None) -> int:
@@ -370,14 +436,21 @@ def _shrunk(size: tuple[int, int], shrink: int) -> tuple[int, int]:
 
 
 def _checked_images(
-    image_ids: Iterable[str], read: Callable[[str], RawAnnotation], defects: Defects
+    image_ids: Iterable[str],
+    read: Callable[[str], RawAnnotation],
+    defects: Defects,
+    follow_exif: bool,
+    remarks: Remarks,
 ) -> list[RawAnnotation]:
     images = []
     for image_id in image_ids:
         try:
             image = read(image_id)
-            _check_header(image)
+            header = _header_of(image.image)
+            _check_header(image, header)
             _check_end(image.image)
+            for what in _remarks_on(image, header, follow_exif):
+                remarks[what].append(str(image.image))
         except UserError as error:
             defects.add(str(error))
         else:
@@ -385,18 +458,28 @@ def _checked_images(
     return images
 
 
-def _check_header(image: RawAnnotation) -> None:
-    stored = header_size(image.image)
-    annotated = (image.height, image.width)
-    if stored != annotated and header_size(image.image, follow_exif=True) != annotated:
+def _remarks_on(image: RawAnnotation, header: _Header, follow_exif: bool) -> Iterator[str]:
+    is_turned = follow_exif or (image.height, image.width) != (header.height, header.width)
+    if 1 < header.orientation <= 8:
+        if is_turned:
+            yield "pictures are turned as their EXIF tag says"
+        else:
+            yield "pictures have an EXIF tag that turns them, but are read as stored, as VOC's boxes are"
+    if header.is_deep and holds_12_bits(np.fromfile(image.image, np.uint8)):
+        yield "pictures hold 12 bits in a file for 16 and are read so"
+
+
+def _check_header(image: RawAnnotation, header: _Header) -> None:
+    stored = (header.height, header.width)
+    if (image.height, image.width) not in (stored, header.turned):
         raise UserError(
             f"{image.source}: says {image.width}x{image.height}, but {image.image} is "
-            f"{stored[1]}x{stored[0]}"
+            f"{header.width}x{header.height}"
         )
     if image.height * image.width > MAX_PIXELS:
         raise UserError(
-            f"{image.image}: {image.width}x{image.height} is over {MAX_PIXELS // 10**6} million "
-            "pixels; scale the image and its boxes down"
+            f"{image.image}: {image.width}x{image.height} is {TOO_LARGE}; scale the image and its "
+            "boxes down"
         )
 
 

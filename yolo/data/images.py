@@ -12,7 +12,7 @@ from yolo.data.archives import IMAGE_SUFFIXES
 from yolo.data.dataset import JPEG_START, Annotation, header_size, read_rgb
 from yolo.data.mosaic import letterboxed_canvas
 from yolo.errors import UsageError, UserError
-from yolo.files import find
+from yolo.files import check_regular, find
 
 
 def list_pictures(pattern: str) -> list[Path]:
@@ -71,6 +71,7 @@ def letterboxed(source: str | Path | np.ndarray, size: int) -> Letterboxed:
 def _jpeg_size(path: Path) -> tuple[int, int] | None:
     """Return (height, width) of a JPEG, the only kind decoded at a reduced size; else None."""
     try:
+        check_regular(path)
         with path.open("rb") as file:
             is_jpeg = file.read(2) == JPEG_START
     except OSError:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
+from os.path import exists  # of a name that no file can have it says no, where `Path` raises
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -117,7 +118,7 @@ class Listing:
         """Return what a path written elsewhere means here: its longest end that is there."""
         parts = PurePosixPath(word.replace("\\", "/")).parts
         ends = (PurePosixPath(*parts[start:]) for start in range(len(parts)))
-        return next((str(end) for end in ends if (self.root / end).exists()), None)
+        return next((str(end) for end in ends if exists(self.root / end)), None)
 
 
 def recognise(root: Path, dataset: str | None = None) -> Reading:
@@ -222,8 +223,10 @@ def _data_yaml(listing: Listing, files: Sequence[PurePosixPath]) -> Iterator[Rea
         for key, value in content.items():
             if str(key).lower() not in ROLES or not value:
                 continue
-            words = [value] if isinstance(value, str) else value
-            parts = [_of_yaml(listing, content.get("path"), str(word)) for word in words]
+            words = value if isinstance(value, list) else [value]
+            parts = [
+                _of_yaml(listing, str(content.get("path") or "."), str(word)) for word in words
+            ]
             missing = [word for word, part in zip(words, parts, strict=True) if part is None]
             if missing and ROLES[str(key).lower()] == "train":
                 raise UserError(
@@ -238,14 +241,14 @@ def _data_yaml(listing: Listing, files: Sequence[PurePosixPath]) -> Iterator[Rea
             return
 
 
-def _of_yaml(listing: Listing, base: str | None, word: str) -> str | None:
+def _of_yaml(listing: Listing, base: str, word: str) -> str | None:
     """Return a path of a `data.yaml`: below its `path`, or the file itself; absolute, its end."""
     if PurePosixPath(word).is_absolute():
         return listing.locate(word)
     # Roboflow's paths start one folder too high
     inside = PurePosixPath(*(part for part in PurePosixPath(word).parts if part != ".."))
-    places = (PurePosixPath(base or ".") / word, PurePosixPath(word), inside)
-    return next((str(place) for place in places if (listing.root / place).exists()), None)
+    places = (PurePosixPath(base) / word, PurePosixPath(word), inside)
+    return next((str(place) for place in places if exists(listing.root / place)), None)
 
 
 def _darknet_data(listing: Listing, files: Sequence[PurePosixPath]) -> Iterator[Reading]:

@@ -9,6 +9,7 @@ sets. VOC counts pixels from 1 and includes the last one; here, and nowhere else
 """
 
 from collections.abc import Sequence
+from os.path import exists
 from pathlib import Path
 from xml.etree.ElementTree import Element, ParseError, fromstring
 
@@ -24,7 +25,9 @@ from yolo.data.dataset import (
     header_size,
 )
 from yolo.errors import UserError
-from yolo.files import read_text
+from yolo.files import check_regular, read_text
+
+MAX_XML = 1 << 24  # bytes of one annotation
 
 
 def read_voc(
@@ -127,20 +130,21 @@ def _read_ids(folder: Path, subset: str) -> list[str]:
 def _image_id(folder: Path, line: str) -> str:
     """Return the image of a line, whose second column may be a flag of one class: -1, 0 or 1."""
     image_id, flag = [*line.rsplit(maxsplit=1), ""][:2]
-    is_flag = flag in ("-1", "0", "1") and not (folder / "Annotations" / f"{line}.xml").exists()
+    is_flag = flag in ("-1", "0", "1") and not exists(folder / "Annotations" / f"{line}.xml")
     return image_id if is_flag else line
 
 
 def parse_xml(path: Path) -> Element:
     """Return the root of an annotation file; raises `UserError`, naming the file."""
     try:
+        check_regular(path, MAX_XML)
         content = path.read_bytes()
         # Without a declaration there is nothing to defuse, and the C parser is five times as fast.
         is_plain = b"<!" not in content and b"\0" not in content
         root = (fromstring if is_plain else defused_fromstring)(content)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ParseError, DefusedXmlException, ValueError) as error:
+    except (ParseError, DefusedXmlException, ValueError, LookupError) as error:
         raise UserError(f"{path}: is no valid XML ({error})") from None
     for node in root.iter():
         node.tag = node.tag.rpartition("}")[2]  # names mean the same in any namespace

@@ -12,6 +12,7 @@ tools show images turned by their EXIF tag, boxes are read so, too.
 import csv
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from os.path import isfile  # of a name that no file can have it says no, where `Path` raises
 from pathlib import Path
 
 from yolo.data.archives import is_image, swap_last, walk
@@ -20,6 +21,7 @@ from yolo.data.dataset import (
     DetectionDataset,
     RawAnnotation,
     RawBox,
+    Remarks,
     assemble,
     header_size,
     notice,
@@ -29,8 +31,9 @@ from yolo.files import read_text
 
 NO_LABELS = ("classes.txt", "train.txt", "val.txt", "test.txt")  # beside the labels
 ANNOTATIONS = (".txt", ".json", ".xml")  # of any program, beside images
+MAX_LABELS = 1 << 25  # bytes of one label file
+MAX_LINES = 100_000
 Pairs = dict[str, tuple[Path, Path]]  # image and label file by image id
-Remarks = defaultdict[str, list[str]]  # where something was not used as it stands, by what it was
 
 
 def read_csv_layout(
@@ -46,7 +49,10 @@ def read_csv_layout(
         raise UserError(
             f"split '{split}': no file {path}; there are: {_listed(root.glob('*.csv'))}"
         )
-    rows = [[cell.strip() for cell in row] for row in csv.reader(read_text(path).splitlines())]
+    try:
+        rows = [[cell.strip() for cell in row] for row in csv.reader(read_text(path).splitlines())]
+    except csv.Error as error:
+        raise UserError(f"{path}: is no readable CSV ({error})") from None
     if rows and not is_image(Path((rows[0] or [""])[0])):  # a header
         rows[0] = []
     pairs: Pairs = {}
@@ -84,7 +90,7 @@ def read_yolo_folder(
             f"split '{split}': no folder {root / 'images' / split} or {root / split / 'images'}, and "
             f"no list {root / split}.txt; {root} holds: {_listed(root.glob('*'))}"
         )
-    if pairs and not any(labels.is_file() for _, labels in pairs.values()):
+    if pairs and not any(isfile(labels) for _, labels in pairs.values()):
         image, labels = next(iter(pairs.values()))
         raise UserError(
             f"{where}: none of the {len(pairs)} images has a label file (looked for {labels} and "
@@ -121,7 +127,7 @@ def _pairs_of_folder(images: Path, labels: Path) -> tuple[Pairs, list[str]]:
         inside = path.relative_to(images)
         label_file = _label_file(labels / inside.with_suffix(".txt"), path)
         is_other = path.with_suffix("") not in named and path.suffix.lower() not in ANNOTATIONS
-        if is_image(path) or (is_other and label_file.is_file()):
+        if is_image(path) or (is_other and isfile(label_file)):
             pairs[inside.as_posix()] = path, label_file
     used = {label_file for _, label_file in pairs.values()}
     spare = [path for path in label_files if path not in used and path.name not in NO_LABELS]
@@ -140,7 +146,7 @@ def _pairs_of_list(root: Path, listing: Path) -> Pairs:
         parts = Path(line.strip()).parts
         tails = [root.joinpath(*parts[start:]) for start in range(len(parts))]
         if tails:
-            image = next((path for path in tails if path.is_file()), tails[0])
+            image = next((path for path in tails if isfile(path)), tails[0])
             swapped = Path(*swap_last(image.parts, "images", "labels"))
             pairs[line.strip()] = image, _label_file(swapped.with_suffix(".txt"), image)
     return pairs
@@ -149,7 +155,7 @@ def _pairs_of_list(root: Path, listing: Path) -> Pairs:
 def _label_file(usual: Path, image: Path) -> Path:
     """Return the label file of an image: at its usual place, or else beside the image."""
     beside = image.with_suffix(".txt")
-    return beside if beside.is_file() and not usual.is_file() else usual
+    return beside if isfile(beside) and not isfile(usual) else usual
 
 
 def _assemble(
@@ -173,7 +179,7 @@ def _assemble(
 
     def read(image_id: str) -> RawAnnotation:
         image, labels = pairs[image_id]
-        if needs_labels and image.is_file() and not labels.is_file():
+        if needs_labels and isfile(image) and not isfile(labels):
             raise UserError(f"{labels}: no such label file, but the CSV names it")
         return _read_labels(image_id, image, labels, numbered, remarks)
 
@@ -189,8 +195,12 @@ def _read_labels(
     image_id: str, image: Path, labels: Path, numbered: Mapping[int, str], remarks: Remarks
 ) -> RawAnnotation:
     height, width = header_size(image, follow_exif=True)
-    lines = read_text(labels).splitlines() if labels.is_file() else []
-    if not labels.is_file():
+    lines = read_text(labels, MAX_LABELS).splitlines() if isfile(labels) else []
+    if len(lines) > MAX_LINES:
+        raise UserError(
+            f"{labels}: has {len(lines)} lines; no image has more than {MAX_LINES} objects"
+        )
+    if not isfile(labels):
         remarks["images have no label file and count as background"].append(str(image))
     objects: dict[RawBox, None] = {}  # in their order
     for number, line in enumerate(lines, start=1):
