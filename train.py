@@ -244,6 +244,8 @@ def train(
         at_end = state.step >= run.end
         if any(agree(fabric, at_end or reason is not None or run.save_is_due(state.step))):
             run.save()
+        if at_end or reason is not None:
+            run.wait()  # the results name the checkpoint, and the last tests fork workers
         if reason is not None:
             if reason == "--max-time":
                 model, split = state.ema.module, task.eval_split

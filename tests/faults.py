@@ -121,6 +121,18 @@ def kill_in_save(moment: str, step: int) -> None:
     files.os.replace = replace_or_die  # type: ignore[assignment]
 
 
+def save_slowly(seconds: float, then: Callable[[], None] = lambda: None) -> None:
+    """Let each save take longer, so that steps and signals come while one is in flight."""
+    torch_save = torch.save
+
+    def slow_save(content: Any, file: Any) -> None:
+        time.sleep(seconds)
+        torch_save(content, file)
+
+    checkpoint.torch.save = slow_save  # type: ignore[assignment]
+    then()
+
+
 def limit_file_size(num_bytes: int) -> None:
     """Let writing fail beyond a size, as on a full disk; root ignores file permissions, but not this."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))

@@ -127,6 +127,28 @@ def test_kill_9_inside_a_save_loses_nothing(trainer: Trainer, uninterrupted: Tra
     assert not list(trainer.run_dir.rglob("*.aside"))
 
 
+def test_kill_9_while_a_thread_saves_changes_nothing(
+    trainer: Trainer, uninterrupted: Trainer
+) -> None:
+    assert trainer("--max-steps", "2") == 0, trainer.output
+    kill = partial(faults.kill_after_step, 4)
+    hook = partial(faults.save_slowly, 60.0, kill)  # that of step 3
+    assert trainer("--resume", "auto", hook=hook) == -signal.SIGKILL
+    assert trainer.steps == [2]
+    assert trainer("--resume", "auto") == 0, trainer.output
+    assert trainer.final_digest() == uninterrupted.final_digest()
+
+
+def test_a_signal_waits_for_the_checkpoint_that_a_thread_is_writing(
+    trainer: Trainer, uninterrupted: Trainer
+) -> None:
+    stop = partial(faults.signal_after_step, 4, signal.SIGTERM)
+    assert trainer(hook=partial(faults.save_slowly, 0.5, stop)) == 143, trainer.output
+    assert trainer.steps == [3, 4]
+    assert trainer("--resume", "auto") == 0, trainer.output
+    assert_same_end(trainer, uninterrupted)
+
+
 def test_signals_in_mid_epoch_save_and_exit(trainer: Trainer, uninterrupted: Trainer) -> None:
     flags = ("--save-every", "10m", "--resume", "auto")
     for number, code, step in ((signal.SIGTERM, 143, 4), (signal.SIGINT, 130, 8)):

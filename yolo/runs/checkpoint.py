@@ -352,10 +352,10 @@ def _results_of_run(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     return results if same else {}
 
 
-def _parts(value: Any) -> Iterator[bytes]:
+def _parts(value: Any) -> Iterator[Any]:
     if isinstance(value, Tensor):
         yield f"{value.dtype}{tuple(value.shape)}".encode()
-        yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     elif isinstance(value, Mapping):
         for key in sorted(value, key=str):
             yield str(key).encode()

@@ -6,6 +6,7 @@ Only rank 0 writes; on the other ranks the writing methods do nothing.
 import math
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from filelock import BaseFileLock
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from yolo.config import ResolvedConfig
 from yolo.data.splits import parse_split
@@ -80,6 +82,8 @@ class Run:
         self.logbook: Logbook | None = None
         self.checkpoints: CheckpointWriter | None = None
         self.best_pending = False
+        self.writer = ThreadPoolExecutor(1, "checkpoint")
+        self.saving: Future[None] | None = None
         self.lock: BaseFileLock | None = None
         self.started = time.monotonic()
 
@@ -175,13 +179,23 @@ class Run:
             self.logbook.picture(name, image, step)
 
     def save_is_due(self, step: int) -> bool:
-        """Return whether `--save-every` or a test, the best so far, asks for a checkpoint; rank 0 knows."""
+        """Return whether `--save-every` or a test, the best so far, asks for a checkpoint; rank 0 knows.
+
+        Raises:
+            UserError: if the last one could not be written.
+        """
+        if self.saving is not None and self.saving.done():
+            self.wait()
         return self.checkpoints is not None and (self.best_pending or self.checkpoints.is_due(step))
 
     def save(self) -> None:
-        """Save a checkpoint now, and let `best.txt` name it if the test before it was the best so far.
+        """Copy what a checkpoint holds, and let a thread write it while the training goes on.
 
-        Every rank has to call it. Weights that are not finite are not saved.
+        Every rank has to call it. Weights that are not finite are not saved. `best.txt` will name
+        it if the test before it was the best so far.
+
+        Raises:
+            UserError: if the checkpoint before it could not be written.
         """
         content = self._content()
         if self.checkpoints is None or self.logbook is None:
@@ -189,14 +203,23 @@ class Run:
         if not self.state.is_finite():
             self.log(f"warning: the weights at step {self.state.step} are not finite: not saved")
             return
+        self.wait()
         self.logbook.flush()
-        path = self.checkpoints.save(content)
-        if self.best_pending:
-            self.checkpoints.mark_best(path)
-        self.last_checkpoint, self.best_pending = path, False
-        self._mirror_copy(path, path.with_name(BEST_FILE), self.folder.metrics)
-        if (keep := self.cfg.keep) is not None:
-            self._mirror_remove(*prune_checkpoints(self.folder.checkpoints, keep))
+        copied = tree_map_only(
+            torch.Tensor, lambda value: value.detach().to("cpu", copy=True), content
+        )
+        self.saving = self.writer.submit(self._write, self.checkpoints, copied, self.best_pending)
+        self.checkpoints.last_time, self.best_pending = time.monotonic(), False
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that is being written is whole.
+
+        Raises:
+            UserError: if it could not be written.
+        """
+        saving, self.saving = self.saving, None
+        if saving is not None:
+            saving.result()
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write `results.json` and the curves, print the closing table, close the records.
@@ -238,13 +261,27 @@ class Run:
         return result_record(results, split.dataset, **about)
 
     def close(self, mirror_seconds: float = MIRROR_SECONDS) -> None:
-        """Write what is still buffered, and give the mirror a while for its last copies."""
+        """Write what is still buffered, and give the mirror a while for its last copies.
+
+        Raises:
+            UserError: if the last checkpoint could not be written.
+        """
+        self.wait()
         if self.logbook:
             self.logbook.close()
         if self.mirror:
             self.mirror.close(mirror_seconds)
         if self.lock:
             self.lock.release()
+
+    def _write(self, checkpoints: CheckpointWriter, content: dict[str, Any], is_best: bool) -> None:
+        path = checkpoints.save(content)
+        if is_best:
+            checkpoints.mark_best(path)
+        self.last_checkpoint = path
+        self._mirror_copy(path, path.with_name(BEST_FILE), self.folder.metrics)
+        if (keep := self.cfg.keep) is not None:
+            self._mirror_remove(*prune_checkpoints(self.folder.checkpoints, keep))
 
     def _content(self) -> dict[str, Any]:
         anchors, step = self.task.anchors, self.state.step
