@@ -6,6 +6,8 @@ python benchmarks/throughput.py loader                      # on the digits
 python benchmarks/throughput.py gradcam                     # ten boxes of an image explained
 python benchmarks/throughput.py map                         # detections scored
 python benchmarks/throughput.py host                        # what a step costs besides the network
+python benchmarks/throughput.py epochs                      # what short epochs lose between them
+python benchmarks/throughput.py shared                      # a training beside other programs
 python benchmarks/throughput.py gpu --out card.json         # what the card at hand can do, in two minutes
 python benchmarks/throughput.py loader --data-root BCCD --config configs/voc.yaml --train-split trainval
 """
@@ -220,6 +222,48 @@ def bench_host(words: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EpochsArgs:
+    """What a run of short epochs is made with."""
+
+    epochs: int = 20
+    """Epochs, each with a test and a checkpoint."""
+    steps: int = 60
+    """Optimizer steps of an epoch."""
+    milliseconds: float = 20.0
+    """How long a step lasts."""
+    workers: int = 1
+    """Processes that load images."""
+
+
+def bench_epochs(words: Sequence[str]) -> None:
+    """Print the share of a run of short epochs that is spent in steps and tests."""
+    args = cli.parse(EpochsArgs, words, "What is lost between the epochs of a run.")
+    import epochs
+
+    for line in epochs.lines(args.epochs, args.steps, args.milliseconds / 1e3, args.workers):
+        print(line, flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedArgs:
+    """How the machine is shared."""
+
+    seconds: float = 15.0
+    """How long each row is measured."""
+    threads: str = "auto"
+    """As in train.py: a number stays."""
+
+
+def bench_shared(words: Sequence[str]) -> None:
+    """Print how fast a training stays beside busy programs."""
+    args = cli.parse(SharedArgs, words, "A training on the CPU beside other programs.")
+    import sharing
+
+    for line in sharing.lines(args.seconds, args.threads):
+        print(line, flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
 class GpuArgs:
     """What is measured on the card at hand."""
 
@@ -265,6 +309,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "gradcam": bench_gradcam,
     "map": bench_map,
     "host": bench_host,
+    "epochs": bench_epochs,
+    "shared": bench_shared,
     "gpu": bench_gpu,
     **{part: partial(bench_network, part) for part in NETWORK_PARTS},
 }

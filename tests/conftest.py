@@ -58,6 +58,7 @@ batch_size: 4
 epochs: 2
 img_sizes: [32, 64]
 workers: 0
+threads: 1
 precision: 32-true
 accelerator: cpu
 log_every: 2

@@ -277,6 +277,9 @@ class HardwareConfig:
     workers: NotNegative[int | Literal["auto"]] = "auto"
     """Loader processes per rank. `auto`: CPUs of this process / local ranks, less one where a GPU is
     used, at least 1."""
+    threads: Positive[int | Literal["auto"]] = "auto"
+    """Threads that compute on a CPU. `auto`: one a core, fewer while other programs use the cores. A run
+    resumes to the last bit only with a number here."""
     compile: bool = False
     """torch.compile the model: slower start, faster steps."""
     sync_batchnorm: bool = False

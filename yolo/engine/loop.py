@@ -20,6 +20,7 @@ from yolo.engine.fabric import (
 )
 from yolo.engine.loaders import make_eval_loader
 from yolo.engine.meter import Meter
+from yolo.engine.sharing import Threads
 from yolo.engine.state import State, freeze_backbone
 from yolo.engine.stopping import StopRequest
 from yolo.errors import UserError
@@ -105,6 +106,9 @@ def train_one_epoch(
             lr, beta1 = schedule.lr[state.step], schedule.beta1[state.step]
             train_step(fabric, state, task, micro_batches, lr=lr, beta1=beta1)
             meter.count(micro_batches)
+            if (change := state.threads.adapt()) is not None:
+                run.record("threads", state.step, {"threads": state.threads.count})
+                fabric.print(f"step {state.step}: {change}")
             if state.step % cfg.log_every == 0 or state.step == run.end:
                 meter.log()
             epoch_ends = state.batch == schedule.steps_per_epoch
@@ -143,8 +147,10 @@ def evaluate_if_due(
     if not at_end and not is_due:
         state.evaluation_due = False
         return None
+    run.wait()  # the first test forks its workers: no thread may hold a lock that they inherit
     full = at_end or cfg.map_is_due(state.epoch)
-    results = measure(fabric, state.ema.module, task.eval_split, loader, full=full, stop=stop)
+    model, split, threads = state.ema.module, task.eval_split, state.threads
+    results = measure(fabric, model, split, loader, full=full, stop=stop, threads=threads)
     if results is None:
         return None
     state.evaluation_due = False
@@ -196,10 +202,11 @@ def measure(
     *,
     full: bool,
     stop: StopRequest | None = None,
+    threads: Threads | None = None,
 ) -> dict[str, Any] | None:
     """Test a model; return what was measured, the same on all ranks, or None if stopped before."""
     start = time.perf_counter()
-    metrics = evaluate(fabric, model, split, loader, full=full, stop=stop)
+    metrics = evaluate(fabric, model, split, loader, full=full, stop=stop, threads=threads)
     if metrics is None:
         return None
     count = {"image_count": len(split.dataset)}
@@ -223,6 +230,7 @@ def evaluate(
     *,
     full: bool,
     stop: StopRequest | None = None,
+    threads: Threads | None = None,
 ) -> Metrics | None:
     """Test a model on every rank's share; return the merged metrics, None if stopped before.
 
@@ -233,6 +241,7 @@ def evaluate(
         loader: this rank's share, from `make_eval_loader`.
         full: also measure what is slow (mAP).
         stop: lets a signal end the test early.
+        threads: adapts to the machine's load from batch to batch.
     """
     metrics = split.metrics(full=full)
     progress = Progress(len(loader), "test", fabric.is_global_zero)
@@ -242,6 +251,8 @@ def evaluate(
         if stop and i < common_batches and agreed_reason(fabric, stop):
             return None
         metrics.update(predict(fabric, model, images), targets)
+        if threads and (change := threads.adapt()) is not None:
+            fabric.print(f"test: {change}")
         progress.update()
     progress.close()
     metrics.merge(gather(fabric, metrics.state()))

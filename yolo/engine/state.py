@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from yolo.config import Config
 from yolo.engine.ema import Ema
 from yolo.engine.fabric import Fabric, gather
+from yolo.engine.sharing import Threads
 from yolo.inference.fast import require_compiler
 from yolo.models.yolov3 import YoloV3
 from yolo.tasks.base import Task
@@ -25,6 +26,7 @@ class State:
     optimizer: Any
     ema: Ema
     scaler: torch.amp.GradScaler | None
+    threads: Threads
     bad_steps: Tensor  # consecutive steps whose loss was not finite, on this rank
     # of this rank, since the last log line
     loss_sums: dict[str, Tensor] = field(default_factory=dict)
@@ -132,7 +134,8 @@ def make_state(
     model, optimizer = fabric.setup(runnable, optimizer)
     zero = torch.zeros((), dtype=torch.int64, device=fabric.device)
     scale = scaler.get_scale() if scaler else 1.0
-    return State(fabric, network, model, optimizer, ema, scaler, zero, logged_scale=scale)
+    threads = Threads.of(fabric, cfg)
+    return State(fabric, network, model, optimizer, ema, scaler, threads, zero, logged_scale=scale)
 
 
 def make_optimizer(network: nn.Module, cfg: Config) -> torch.optim.Adam:

@@ -45,7 +45,7 @@ class Logbook:
         self.tensorboard = SummaryWriter(str(run_dir), purge_step=step + 1)
 
     def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Append a line `{"kind": "train" | "evaluation", "step": ...}`; numbers go to TensorBoard."""
+        """Append `{"kind": "train" | "evaluation" | "threads", "step": ...}`; numbers go to TensorBoard."""
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -143,7 +143,10 @@ def summary_lines(results: Mapping[str, Any], rows: list[tuple[str, Any]]) -> li
 
 
 def _cut(path: Path, last_step: int, evaluation_due: bool) -> None:
-    last = {"train": last_step, "evaluation": last_step - evaluation_due}
-    kept = [line for line in read_metrics(path) if line["step"] <= last[line["kind"]]]
+    kept = [
+        line
+        for line in read_metrics(path)
+        if line["step"] <= last_step - (evaluation_due and line["kind"] == "evaluation")
+    ]
     with replacing(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))

@@ -87,7 +87,7 @@ def resume(
     if content["threads"] != torch.get_num_threads():
         log(
             f"note: the run used {content['threads']} threads, now {torch.get_num_threads()}: results may"
-            " differ in the last bits (OMP_NUM_THREADS sets them)"
+            " differ in the last bits (--threads fixes their number)"
         )
     log(f"resumed from {path}: epoch {state.epoch}, step {state.step} of {len(schedule)}")
     return Start(schedule, path, is_stored)
