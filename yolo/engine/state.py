@@ -26,8 +26,8 @@ class State:
     optimizer: Any
     ema: Ema
     scaler: torch.amp.GradScaler | None
-    threads: Threads
     bad_steps: Tensor  # consecutive steps whose loss was not finite, on this rank
+    threads: Threads = field(default_factory=lambda: Threads(torch.get_num_threads(), adapts=False))
     # of this rank, since the last log line
     loss_sums: dict[str, Tensor] = field(default_factory=dict)
     logged_scale: float = 1.0  # the scaler's factor at the last log line
@@ -135,7 +135,7 @@ def make_state(
     zero = torch.zeros((), dtype=torch.int64, device=fabric.device)
     scale = scaler.get_scale() if scaler else 1.0
     threads = Threads.of(fabric, cfg)
-    return State(fabric, network, model, optimizer, ema, scaler, threads, zero, logged_scale=scale)
+    return State(fabric, network, model, optimizer, ema, scaler, zero, threads, logged_scale=scale)
 
 
 def make_optimizer(network: nn.Module, cfg: Config) -> torch.optim.Adam:
