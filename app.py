@@ -11,13 +11,19 @@ python app.py --checkpoint C --build-space DIR --push owner/name
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import tyro
 
 from yolo import cli
 from yolo.errors import UsageError
+
+if TYPE_CHECKING:
+    from yolo.app.models import Model
+    from yolo.app.samples import SampleSet
 
 HOME = Path(__file__).parent
 SETTINGS = HOME / "app.yaml"  # a Space brings its own along
@@ -37,11 +43,15 @@ class AppArgs:
     samples: int = 12
     """Pictures of the test data to offer."""
     model_url: str | None = None
-    """Where the model is published. Default: the page of an `hf://` checkpoint."""
+    """Where the model is published, which About links. Default: the page of an `hf://` checkpoint,
+    or that which --push makes."""
     build_space: str | None = None
     """Write a folder for Hugging Face Spaces here, and stop."""
     push: str | None = None
-    """Upload that folder to the Space `owner/name`."""
+    """Upload that folder to the Space `owner/name`, and its weights to the model `owner/name`."""
+    public: bool = False
+    """Offer nothing of this machine but the models: no Your runs tab. A Space is always so, and
+    an app that listens to other machines."""
     host: str | None = None
     """Address to listen on. Default: this machine alone."""
     port: int | None = None
@@ -66,23 +76,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = {
         key: getattr(args, key) for key in ("data_root", "split") if getattr(args, key) is not None
     }
-    brought = None if args.checkpoint else HOME / "samples"  # they go with the bundled weights
+    brought = HOME / "samples"
     if args.build_space:
+        if args.push:
+            models = space.with_page(models, args.push)
         folder = space.build(Path(args.build_space), HOME, models, args.samples, data, brought)
         print(f"{folder} is ready: try it with `cd {folder} && python app.py`")
         if args.push:
-            print(space.push(folder, args.push))
+            print(space.push(folder, args.push, models))
         return 0
 
     with TemporaryDirectory(prefix="yolo-app-") as scratch:
         os.environ["GRADIO_TEMP_DIR"] = f"{scratch}/files"  # read when gradio is imported
         from yolo.app.page import build_page, serve
 
-        samples = {
-            task: space.find_samples(Path(scratch) / task, model, args.samples, data, brought)
-            for task, model in models.items()
-        }
-        serve(build_page(models, samples), models, args.host, args.port)
+        numbers = count()
+
+        def find(model: "Model") -> "SampleSet | None":
+            made = Path(scratch) / f"samples{next(numbers)}"
+            return space.find_samples(made, model, args.samples, data, brought)
+
+        samples = {task: find(model) for task, model in models.items()}
+        alone = args.host in (None, "localhost", "127.0.0.1") and "SPACE_ID" not in os.environ
+        page = build_page(models, samples, find if alone and not args.public else None)
+        serve(page, models, args.host, args.port)
     return 0
 
 

@@ -135,9 +135,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return score_files(args)
 
     from yolo.runs.checkpoint import load_weights, resolve_checkpoint
-    from yolo.runs.folder import newest_run
+    from yolo.runs.folder import list_runs
 
-    loaded = load_weights(resolve_checkpoint(args.checkpoint or newest_run()))
+    loaded = load_weights(resolve_checkpoint(args.checkpoint or next(iter(list_runs()), None)))
     if args.export:
         from yolo.inference.export import export
 

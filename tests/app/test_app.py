@@ -2,11 +2,13 @@ import csv
 import io
 import json
 import re
+import os
 import struct
 import zlib
 from dataclasses import replace
 from pathlib import Path
 
+import gradio as gr
 import numpy as np
 import pytest
 import torch
@@ -14,8 +16,10 @@ from lively import DIGITS, lively_detector
 from PIL import ExifTags, Image
 
 import app
+from yolo.app import runs_tab
 from yolo.app.about import classes_html, literal, model_card, model_name, results_markdown
 from yolo.app.classify_tab import errors_text
+from yolo.app.detect_tab import DetectTab
 from yolo.app.detector import (
     MAX_DETECTIONS,
     Detection,
@@ -28,8 +32,9 @@ from yolo.app.detector import (
     to_csv,
     to_json,
 )
-from yolo.app.models import load_models
-from yolo.app.samples import read_samples, write_samples
+from yolo.app.models import Model, load_models
+from yolo.app.runs_tab import RunsTab, run_choices
+from yolo.app.samples import SampleSet, _draw, rank_samples, read_samples, write_samples
 from yolo.app.uploads import LONGEST_SIDE, Picture, read_picture
 from yolo.config import Config
 from yolo.data.class_names import VOC_CLASSES
@@ -418,3 +423,79 @@ def test_two_models_of_one_task_are_refused(tmp_path: Path):
 
 def test_shown_detections_are_bounded(detector: DetectionExplainer, view: View):
     assert len(detector.detections(view, Thresholds(0.0001, 1.0))) == MAX_DETECTIONS
+
+
+def test_samples_are_drawn_at_random_but_always_the_same(tmp_path: Path):
+    assert _draw(1000, 5) == _draw(1000, 5) and len(_draw(3, 12)) == 3
+    steps = np.diff(_draw(1000, 50))
+    assert len(set(steps)) > 5  # not spread evenly
+
+
+def test_the_best_sample_comes_first_and_the_largest_miss_is_known(tmp_path: Path):
+    loaded = lively_detector()
+    written = write_samples(tmp_path / "samples", loaded, loaded.config, 4)
+    assert written.ranked
+    explainer = DetectionExplainer(loaded)
+    found = explainer.detections(
+        explainer.trace(read_picture(written.folder / written.samples[2].file)), LOW
+    )
+    right = [one for one in found if one.kind == "found"]
+    perfect = replace(
+        written.samples[2],
+        boxes=[one.box.tolist() for one in right],
+        labels=[one.label for one in right],
+        difficult=[False] * len(right),
+    )
+    blind = replace(written.samples[0], boxes=[[0, 0, 150, 150.0]], labels=[3], difficult=[False])
+    others = [replace(one, boxes=[], labels=[], difficult=[]) for one in written.samples[1:2]]
+    ranked = rank_samples(replace(written, samples=(blind, *others, perfect)), loaded)
+    assert ranked.samples[0] == perfect
+    assert ranked.missed is not None and ranked.samples[ranked.missed] == blind
+    assert read_samples(written.folder) == ranked
+
+
+def test_your_runs_lists_the_newest_first_and_shows_the_one_that_is_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    loaded = lively_detector()
+    for number, name in enumerate(("first", "second")):
+        checkpoints = tmp_path / "runs" / name / "checkpoints"
+        checkpoints.mkdir(parents=True)
+        file = checkpoints / "epoch001-step000010-lr1.000e-03.ckpt"
+        file.write_bytes(b"")
+        os.utime(file, (number, number))
+    (tmp_path / "runs/first/results.json").write_text('{"map_50": 0.5}')
+    assert run_choices() == [
+        ("second, 1 checkpoints", "runs/second"),
+        ("first, mAP 0.500", "runs/first"),
+    ]
+    opened = []
+    monkeypatch.setattr(runs_tab, "resolve_checkpoint", Path)
+    monkeypatch.setattr(runs_tab, "load_weights", lambda path: replace(loaded, path=path))
+    samples = write_samples(tmp_path / "samples", loaded, loaded.config, 1)
+    with gr.Blocks():
+        tab = DetectTab(DetectionExplainer(loaded), samples)
+
+        def show(model: Model) -> tuple[DetectTab, SampleSet | None]:
+            opened.append(model.loaded.path)
+            tab.use(DetectionExplainer(model.loaded), None)
+            return tab, None
+
+        runs = RunsTab({"detection": tab}, show)
+        updates = runs.on_show("runs/first")
+    assert opened == [Path("runs/first")]
+    assert not updates[tab.gallery]["visible"] and not updates[tab.missed]["visible"]
+    assert set(updates) - {runs.card} <= {*tab.switched}  # Gradio takes no others
+
+
+def test_what_listens_to_others_shows_no_runs(monkeypatch: pytest.MonkeyPatch):
+    shown: list[bool] = []
+    monkeypatch.setattr("yolo.app.page.build_page", lambda *given: shown.append(bool(given[2])))
+    monkeypatch.setattr("yolo.app.page.serve", lambda *_: None)
+    monkeypatch.setattr("yolo.app.models.load_models", lambda *_: {})
+    for flags in ([], ["--public"], ["--host", "0.0.0.0"]):
+        assert app.main([*flags, "--samples", "0"]) == 0
+    monkeypatch.setenv("SPACE_ID", "owner/name")
+    assert app.main(["--samples", "0"]) == 0
+    assert shown == [True, False, False, False]

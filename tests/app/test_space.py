@@ -36,6 +36,8 @@ from yolo.app.models import Model, load_models
 from yolo.app.samples import read_samples, write_samples
 from yolo.errors import UserError
 from yolo.files import bundled
+from yolo.inference.sources import open_video
+from yolo.inference.video import mp4_writer
 from yolo.runs.checkpoint import bundled_weights, load_weights
 
 CHROMIUM = (
@@ -199,8 +201,9 @@ def needed_by(packages: set[str]) -> set[str]:
 
 
 def test_a_program_detects_filters_and_explains(client: Client, photo: Path):
-    _, heat_map, caption, _, choices, table, csv, files = detect(client, photo)
-    assert value(heat_map) and "HiResCAM of its class" in caption
+    _, heat_map, caption, _, choices, table, csv, files, answer = detect(client, photo)
+    assert value(heat_map) and "made the model call it" in caption
+    assert answer == json.loads(Path(files).read_text())
     assert table["headers"] == list(COLUMNS) and len(table["data"]) == len(keys(choices)) > 1
     assert Path(csv).read_text().startswith("status,class,score")
     assert len(json.loads(Path(files).read_text())["detections"]) == len(table["data"])
@@ -212,7 +215,7 @@ def test_a_program_detects_filters_and_explains(client: Client, photo: Path):
     explained = client.predict(
         last, 0.5, 0.45, "layercam", "score", "fused", 0.9, api_name="/explain"
     )
-    assert "LayerCAM" in explained[1]["label"] and "both together" in explained[2]
+    assert "LayerCAM" in explained[1]["label"] and "find it and call it" in explained[2]
 
 
 def test_a_sample_lists_its_missed_objects_and_explains_them(client: Client):
@@ -229,7 +232,7 @@ def test_a_program_classifies(client: Client, photo: Path):
     best = probabilities["confidences"][0]
     assert best["label"] == probabilities["label"] and f"**{best['label']}, " in caption
     heat_map, caption = client.predict(3, *settings[1:], api_name="/explain_class")
-    assert heat_map["label"].endswith("· 3") and caption.startswith("**3, ")
+    assert heat_map["label"].startswith("Why 3?") and caption.startswith("**3, ")
 
 
 def test_hostile_uploads_get_a_message_and_leave_no_trace(
@@ -250,8 +253,33 @@ def test_hostile_uploads_get_a_message_and_leave_no_trace(
 
 def test_too_large_files_are_refused(client: Client, tmp_path: Path):
     (tmp_path / "large.png").write_bytes(b"\0" * (16 << 20))
-    with pytest.raises(Exception, match=r"413|size"):
+    with pytest.raises(AppError, match="more than 15 MB"):
         detect(client, tmp_path / "large.png")
+    (tmp_path / "large.mp4").write_bytes(b"\0" * (101 << 20))
+    with pytest.raises(Exception, match=r"413|size"):
+        client.predict(handle_file(tmp_path / "large.mp4"), 0.3, 0.45, api_name="/video")
+
+
+def test_a_program_gets_a_film_with_frames_around_what_was_found(client: Client, tmp_path: Path):
+    with mp4_writer(tmp_path / "film.mp4", 25) as write:
+        for k in range(12):
+            write(np.full((64, 96, 3), 20 * k, np.uint8), k / 25)
+    film, caption, lines = client.predict(
+        handle_file(tmp_path / "film.mp4"), 0.3, 0.45, api_name="/video"
+    )
+    frames = list(open_video(film["video"] if isinstance(film, dict) else film, "film").frames)
+    assert [round(frame.seconds, 2) for frame in frames] == [
+        0,
+        0.12,
+        0.2,
+        0.32,
+        0.4,
+    ]  # ten a second
+    assert caption.startswith("**5 pictures") and len(Path(lines).read_text().splitlines()) == 5
+    (tmp_path / "list.mp4").write_text("#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n")
+    with pytest.raises(AppError, match="is no video that can be read"):
+        payload = handle_file(tmp_path / "list.mp4")
+        client.predict(payload, 0.3, 0.45, api_name="/video")
 
 
 def test_nothing_but_the_pages_own_pictures_is_served(server: Server, client: Client):
@@ -339,7 +367,7 @@ def test_a_person_uploads_filters_clicks_and_downloads(page: Any, server: Server
     page.locator("#class-map img").wait_for()
     assert page.locator("#misclassified .thumbnail-item").count() > 0
     page.get_by_role("tab", name="About").click()
-    page.get_by_text("How to read a heat map").wait_for()
+    page.get_by_text("How to read a map").wait_for()
     assert page.locator('a[href="https://huggingface.co/owner/name"]').count() > 0
 
     page.get_by_role("tab", name="Picture").click()
@@ -374,7 +402,7 @@ def test_on_a_phone_nothing_sticks_out(browser: Any, server: Server):
     page = browser.new_page(viewport={"width": 390, "height": 844})
     page.goto(server.url)
     page.locator("#map img").wait_for()
-    for tab in ("Picture", "Classify", "About"):
+    for tab in ("Picture", "Video", "Classify", "About"):
         page.get_by_role("tab", name=tab).click()
         assert page.evaluate("document.documentElement.scrollWidth") == 390, tab
     page.close()
@@ -384,6 +412,7 @@ class FakeHub:
     """Stands in for huggingface_hub.HfApi: one repository with one weight file."""
 
     calls: ClassVar[list[tuple[str, dict]]] = []
+    uploaded: ClassVar[list[dict[str, str]]] = []
 
     def list_repo_files(self, name: str) -> list[str]:
         if name != "owner/name":
@@ -395,6 +424,8 @@ class FakeHub:
 
     def upload_folder(self, **settings: Any) -> None:
         self.calls.append((settings["repo_id"], settings))
+        files = filter(Path.is_file, Path(settings["folder_path"]).iterdir())
+        self.uploaded.append({path.name: path.read_text(errors="ignore") for path in files})
 
 
 @pytest.fixture
@@ -403,6 +434,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[FakeHub]:
     monkeypatch.setattr(huggingface_hub, "HfApi", FakeHub)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: str(weights))
     monkeypatch.setattr(FakeHub, "calls", [])
+    monkeypatch.setattr(FakeHub, "uploaded", [])
     return FakeHub
 
 
@@ -416,10 +448,36 @@ def test_a_model_on_the_hub_is_found_and_linked(hub: type[FakeHub]):
 
 
 def test_push_uploads_the_folder_as_a_gradio_space(hub: type[FakeHub], tmp_path: Path):
-    assert space.push(tmp_path, "owner/demo") == "https://huggingface.co/spaces/owner/demo"
+    assert space.push(tmp_path, "owner/demo", {}) == "https://huggingface.co/spaces/owner/demo"
     (_, made), (_, uploaded) = hub.calls
     assert made["repo_type"] == uploaded["repo_type"] == "space" and made["space_sdk"] == "gradio"
     assert uploaded["folder_path"] == str(tmp_path)
+
+
+def test_push_uploads_the_weights_as_a_model_that_the_space_links(
+    hub: type[FakeHub], tmp_path: Path
+):
+    weights = save(lively_detector(), tmp_path)
+    flags = ["--checkpoint", str(weights), "--build-space", str(tmp_path / "space")]
+    assert app.main([*flags, "--push", "owner/demo", "--samples", "1"]) == 0
+    assert [settings["repo_type"] for _, settings in hub.calls] == ["model"] * 2 + ["space"] * 2
+    assert sorted(hub.uploaded[0]) == ["README.md", "detection.safetensors"]
+    assert "pipeline_tag: object-detection" in hub.uploaded[0]["README.md"]
+    page = "https://huggingface.co/owner/demo"
+    settings = yaml.safe_load((tmp_path / "space" / "app.yaml").read_text())
+    assert settings == {"public": True, "model_url": page}
+    front = yaml.safe_load((tmp_path / "space" / "README.md").read_text().split("---")[1])
+    assert front["models"] == ["owner/demo"]
+
+
+def test_a_space_without_a_model_repository_links_the_file_that_it_brings(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    assert load_models((), None)["detection"].url is None
+    monkeypatch.setenv("SPACE_ID", "owner/demo")
+    assert load_models((), None)["detection"].url == (
+        "https://huggingface.co/spaces/owner/demo/blob/main/weights/voc.safetensors"
+    )
 
 
 def test_a_space_is_never_written_over_other_files(tmp_path: Path):
@@ -443,15 +501,15 @@ def test_a_space_that_fails_halfway_leaves_nothing(tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "tab"), [("d", "Picture"), ("c", "Classify")])
+@pytest.mark.parametrize(("task", "tab"), [("d", ["Picture", "Video"]), ("c", ["Classify"])])
 def test_a_space_of_one_model_shows_its_tab_alone(
-    browser: Any, tmp_path: Path, task: str, tab: str
+    browser: Any, tmp_path: Path, task: str, tab: list[str]
 ):
     for server in serve(build(tmp_path, task)):
         page = browser.new_page()
         page.goto(server.url)
         page.locator("#map img, #class-map img").first.wait_for()
-        assert page.get_by_role("tab").all_inner_texts() == [tab, "About"]
+        assert page.get_by_role("tab").all_inner_texts() == [*tab, "About"]
         page.close()
 
 

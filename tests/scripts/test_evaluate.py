@@ -22,7 +22,7 @@ from yolo.metrics.average_precision import load_objects
 from yolo.metrics.matching import Detections
 from yolo.models.yolov3 import YoloV3, make_anchors
 from yolo.runs.checkpoint import load_weights, save_weights
-from yolo.runs.folder import RunFolder, newest_run
+from yolo.runs.folder import RunFolder, list_runs
 from yolo.viz.draw import class_color, draw_boxes
 from yolo.viz.error_grids import error_grids
 from yolo.viz.figures import plot_curves
@@ -206,13 +206,13 @@ def test_pictures_are_answered_by_the_newest_run_and_become_labels(
     capsys: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert newest_run() is None  # and so the bundled weights are used
+    assert list_runs() == []  # and so the bundled weights are used
     for number, name in enumerate(("old", "new")):
         file = tmp_path / "runs" / name / "checkpoints" / "epoch001-step000001-lr1.000e-03.ckpt"
         file.parent.mkdir(parents=True)
         file.write_bytes(b"")
         os.utime(file, (number, number))
-    assert newest_run() == Path("runs/new")
+    assert list_runs() == [Path("runs/new"), Path("runs/old")]
     monkeypatch.setattr("yolo.runs.checkpoint.resolve_checkpoint", {Path("runs/new"): weights}.get)
     images = str(tiny_digits / "JPEGImages" / "test_0000*")
     words = ["--images", images, "--out-dir", str(tmp_path / "out"), "--write-labels", "yolo"]

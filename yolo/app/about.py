@@ -11,16 +11,16 @@ from yolo.runs.checkpoint import LoadedWeights
 from yolo.viz.draw import class_color
 
 RESULT_ROWS = (
-    ("map_50", "mAP at IoU 0.5 (area under the curve)"),
-    ("map_50_11pt", "mAP at IoU 0.5 (11 points, as VOC 2007)"),
-    ("map_50_95", "mAP at IoU 0.5 to 0.95 (COCO)"),
-    ("class_accuracy", "class accuracy, on cells with an object"),
-    ("object_accuracy", "object accuracy (objectness above 0.05)"),
-    ("no_object_accuracy", "no-object accuracy (objectness above 0.05)"),
-    ("object_accuracy_at_0.5", "object accuracy (objectness above 0.5)"),
-    ("no_object_accuracy_at_0.5", "no-object accuracy (objectness above 0.5)"),
-    ("accuracy", "accuracy"),
-    ("mean_class_accuracy", "mean of the classes' accuracies"),
+    ("map_50", "how well things are found and named; 1 is perfect (mAP at IoU 0.5)"),
+    ("map_50_11pt", "the same as VOC 2007 counted it (11 points)"),
+    ("map_50_95", "the same where frames must fit closely (mAP at IoU 0.5 to 0.95)"),
+    ("class_accuracy", "right name, where something is"),
+    ("object_accuracy", "places with something on which it is noticed"),
+    ("no_object_accuracy", "empty places that stay silent"),
+    ("object_accuracy_at_0.5", "noticed, where the model has to be half sure"),
+    ("no_object_accuracy_at_0.5", "silent, where the model has to be half sure"),
+    ("accuracy", "pictures with the right answer"),
+    ("mean_class_accuracy", "the same, as the mean over the classes"),
 )
 DATA_NAMES = {"digits": "handwritten digits", "voc": "PASCAL VOC", "cifar10": "CIFAR-10"}
 TASKS = {"detection": "object detection", "classification": "image classification"}
@@ -50,25 +50,23 @@ OWN_DATA = (
 )
 
 HOW_TO_READ = """
-### How to read a heat map
+### How to read a map
 
-Grad-CAM shows *which part of the picture raised the score of this box*: a number of its prediction
-(the class, that there is an object, or both together) is traced back to the map that enters the
-box's own detection block. **Red** is the strongest evidence in this picture, **blue** is weak, and
-where the picture looks untouched there was none. Every map is scaled to its own maximum: compare
-places within a map, never two maps.
+The map (called Grad-CAM) shows *which places of the picture made the model say what it says*. **Red**
+places mattered most, **blue** ones little, and where the picture looks untouched nothing mattered.
+Every map is scaled to its own strongest place: compare places within a map, never two maps.
 
-- **Beside the object?** The surroundings decided. That is worth knowing: such a model fails when
+- **Red beside the thing?** The surroundings decided. That is worth knowing: such a model fails when
   they change.
-- **A missed object** is shown by a dashed frame. Its map is that of the cell that should have found
-  it.
-- **"The map is empty"** means that no place raised that number.
-- **Methods.** *HiResCAM* and *LayerCAM* weigh each place by itself. *Grad-CAM* averages its weights
-  over the whole picture, so it can light up other objects of the kind, or nothing. *EigenCAM*
-  ignores the target: it shows the same map for every box, and is here for comparison only.
+- **Something that was missed** has a dashed frame. Its map shows what looked most like it to the
+  model, where it should have been found.
+- **"The map is empty"** means that no place mattered to this method.
+- **Methods.** *HiResCAM* and *LayerCAM* judge each place by itself. *Grad-CAM* judges the picture
+  as a whole first, so it can light up other things of the kind, or nothing. *EigenCAM* shows the
+  same map for everything, and is here for comparison only.
 
-A map cannot tell *why* a place counted, nor that nothing else would have done. It is as coarse as
-its layer: a cell of stride 32 is 32 network pixels wide.
+A map cannot tell *why* a place mattered, nor that nothing else would have done. It is coarse: it
+divides the picture into a grid of some hundred places.
 """
 
 
@@ -119,22 +117,28 @@ def results_markdown(loaded: LoadedWeights) -> str:
             "No results are stored in this file. Weights that a finished run exports carry theirs; "
             "`evaluate.py --checkpoint` measures any checkpoint."
         )
-    table = "\n".join(["| measured on the test split | |", "|---|--:|", *rows])
+    table = "\n".join(["| on pictures that it was not trained on | |", "|---|--:|", *rows])
     return f"{table}\n\n{_circumstances(results)}"
 
 
 def model_card(loaded: LoadedWeights, samples: SampleSet | None, model_url: str | None) -> str:
     """Return the model's card as Markdown: what it is, how it was trained, and its limits."""
     config, size = loaded.config, loaded.test_size
-    fitted = "letterboxed" if loaded.task == "detection" else "resized, their shape is not kept"
+    fitted = (
+        "scaled, with grey bars beside them"
+        if loaded.task == "detection"
+        else "scaled, their shape is not kept"
+    )
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
-    where = f"[{model_url}]({model_url})" if model_url else f"the file `{_code(loaded.path.name)}`"
+    where = f"the file `{_code(loaded.path.name)}`, below"
+    if model_url:
+        where = f"[{model_url}]({model_url})"
     origin = ORIGINS.get((_data_set(loaded), config.task), OWN_DATA)
     lines = [
-        f"- **Task:** {TASKS[loaded.task]}, {len(loaded.class_names)} classes",
+        f"- **What it does:** {TASKS[loaded.task]}, {len(loaded.class_names)} classes",
         f"- **Network:** {_network(loaded)}, {parameters / 1e6:.1f} million parameters",
-        f"- **Input:** {size} x {size} pixels, RGB; other pictures are {fitted}",
-        f"- **Weights:** {where}; digest `{loaded.digest}`",
+        f"- **Input:** {size} x {size} pixels; other pictures are {fitted}",
+        f"- **Link to the model:** {where}; digest `{loaded.digest}`",
         f"- **Training data:** {origin}.",
         f"- **Last training run:** {_training(loaded)}.",
         *_sample_lines(samples),

@@ -17,6 +17,7 @@ from yolo.app.widgets import (
     Updates,
     ask_for_picture,
     clear_on_failure,
+    gallery_update,
     map_notes,
     picture_input,
     samples_gallery,
@@ -33,17 +34,33 @@ class ClassifyTab:
     """Components and handlers; instances live inside the `gr.Blocks` in which they are made."""
 
     def __init__(self, classifier: Classifier, samples: SampleSet | None) -> None:
-        self.classifier = classifier
-        self.samples = samples
+        self.use(classifier, samples)
         self.result = gr.State(None, time_to_live=3600)
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
                 self.upload = picture_input()
-                self.gallery = samples_gallery(samples)
+                self.gallery = gr.Dataset(**samples_gallery(samples))
             with gr.Column(scale=9, min_width=320):
                 self._lay_out_results()
         self._lay_out_misclassified()
         self._wire()
+
+    def use(self, classifier: Classifier, samples: SampleSet | None) -> None:
+        """Show this model from now on, with its samples."""
+        self.classifier = classifier
+        self.samples = samples
+
+    def on_switch(self) -> Updates:
+        """Show the model and the samples that `use` was given."""
+        tiles = self._tiles()
+        return {
+            self.upload: None,
+            self.gallery: gallery_update(samples_gallery(self.samples)),
+            self.target: gr.Dropdown(self._target_choices(), value=PREDICTED),
+            self.errors: _errors_heading(self.samples),
+            self.misclassified: gr.Gallery(tiles, visible=bool(tiles)),
+            **(self.on_open() if self.samples and self.samples.samples else {}),
+        }
 
     def on_open(self) -> Updates:
         """Show the first sample, so that nobody meets an empty page."""
@@ -114,7 +131,7 @@ class ClassifyTab:
         name = self.classifier.class_names[label]
         picture = store_image(draw_map(result.pixels, explanation, opacity))
         return {
-            self.map: gr.Image(picture, label=f"{METHOD_NAMES[method]} · {name}"),
+            self.map: gr.Image(picture, label=f"Why {name}? ({METHOD_NAMES[method]})"),
             self.caption: _caption(name, explanation),
         }
 
@@ -122,52 +139,79 @@ class ClassifyTab:
         with gr.Row():
             self.map = gr.Image(
                 **RESULT,
-                label="Heat map",
+                label="Why?",
                 elem_id="class-map",
-                alt_text="The heat map of the chosen class",
+                alt_text="The places that spoke for the chosen name",
             )
             self.probabilities = gr.Label(
-                label="Probabilities",
+                label="What it is, by how sure the model is",
                 num_top_classes=TOP_CLASSES,
                 min_width=300,
                 elem_id="probabilities",
             )
         self.caption = gr.Markdown(elem_classes="caption")
         gr.HTML(SCALE_BAR)
-        with gr.Row():
-            classes = [(name, label) for label, name in enumerate(self.classifier.class_names)]
+        with gr.Accordion("How the map is made", open=False), gr.Row():
             self.target = gr.Dropdown(
-                [("the predicted one", PREDICTED), *classes],
+                self._target_choices(),
                 value=PREDICTED,
-                label="Class",
+                label="Name",
+                info="Which name the map explains",
                 min_width=140,
             )
             self.method = gr.Dropdown(
-                METHOD_CHOICES, value=CLASSIFIER_METHOD, label="Method", min_width=140
+                METHOD_CHOICES,
+                value=CLASSIFIER_METHOD,
+                label="Method",
+                info="Ways to measure which places mattered",
+                min_width=140,
             )
             layers = [(LAYER_NAMES.get(layer, layer), layer) for layer in CLASSIFIER_LAYERS]
-            self.layer = gr.Dropdown(layers, value="auto", label="Layer", min_width=140)
-            self.opacity = gr.Slider(0.2, 1.0, OPACITY, step=0.05, label="Opacity", min_width=140)
+            self.layer = gr.Dropdown(
+                layers,
+                value="auto",
+                label="Layer",
+                info="The step of the network that is looked at",
+                min_width=140,
+            )
+            self.opacity = gr.Slider(
+                0.2,
+                1.0,
+                OPACITY,
+                step=0.05,
+                label="Colour",
+                info="How much it covers the picture",
+                min_width=140,
+            )
+
+    def _target_choices(self) -> list[tuple[str, int]]:
+        names = self.classifier.class_names
+        return [("what it says", PREDICTED), *((name, label) for label, name in enumerate(names))]
 
     def _lay_out_misclassified(self) -> None:
-        self.misclassified = None
-        gr.Markdown(f"### Misclassified images\n{errors_text(self.samples)}")
-        if self.samples and self.samples.misclassified:
-            names, tiles = self.classifier.class_names, []
-            for image in self.samples.misclassified:
-                tile = store_image(self.classifier.misclassified_tile(self.samples, image))
-                predicted = f"predicted {names[image.predicted]} ({image.confidence:.0%})"
-                tiles.append((tile, f"{predicted}, is {names[image.label]}"))
-            self.misclassified = gr.Gallery(
-                tiles, show_label=False, columns=4, height="auto", object_fit="contain",
-                allow_preview=False, interactive=False, format="png", elem_id="misclassified",
-                elem_classes="misclassified", buttons=[],
-            )  # fmt: skip
+        self.errors = gr.Markdown(_errors_heading(self.samples))
+        tiles = self._tiles()
+        self.misclassified = gr.Gallery(
+            tiles, show_label=False, columns=4, height="auto", object_fit="contain",
+            allow_preview=False, interactive=False, format="png", elem_id="misclassified",
+            elem_classes="misclassified", buttons=[], visible=bool(tiles),
+        )  # fmt: skip
+
+    def _tiles(self) -> list[tuple[str, str]]:
+        names, tiles = self.classifier.class_names, []
+        for image in self.samples.misclassified if self.samples else ():
+            assert self.samples is not None
+            tile = store_image(self.classifier.misclassified_tile(self.samples, image))
+            said = f"says {names[image.predicted]} ({image.confidence:.0%} sure)"
+            tiles.append((tile, f"{said}, is {names[image.label]}"))
+        return tiles
 
     def _wire(self) -> None:
         settings: list[Any] = [self.target, self.method, self.layer, self.opacity]
         mapped = [self.map, self.caption]
         self.shown = [self.result, self.probabilities, *mapped]
+        panels = [self.upload, self.gallery, self.target, self.errors, self.misclassified]
+        self.switched = [*panels, *self.shown]
         uploaded = self.upload.change(
             self.on_picture, [self.upload, *settings], self.shown, api_name="classify", **QUEUE
         )
@@ -184,32 +228,35 @@ class ClassifyTab:
                 self.on_setting, [self.result, *settings], mapped, trigger_mode="always_last",
                 show_progress="hidden", api_name="explain_class", **QUEUE,
             )  # fmt: skip
-        if self.misclassified:
-            self.misclassified.select(
-                self.on_misclassified,
-                settings[1:],
-                [self.target, *self.shown],
-                api_visibility="private",
-                **QUEUE,
-            )
+        self.misclassified.select(
+            self.on_misclassified,
+            settings[1:],
+            [self.target, *self.shown],
+            api_visibility="private",
+            **QUEUE,
+        )
 
 
 def _caption(name: str, explanation: Explanation) -> str:
-    method = METHOD_NAMES[explanation.method]
-    text = f"**{literal(name)}, {explanation.score:.1%}.** {method} of this class, at {explanation.layer}."
+    name = literal(name)
+    text = f"**{name}, {explanation.score:.1%} sure.** The red places spoke for *{name}*."
     return text + map_notes(explanation)
+
+
+def _errors_heading(samples: SampleSet | None) -> str:
+    return f"### Pictures that it gets wrong\n{errors_text(samples)}"
 
 
 def errors_text(samples: SampleSet | None) -> str:
     """Return what the gallery of misclassified images shows, or why there is none."""
     if samples is None or not samples.tested:
         return (
-            "They are looked for in the test images, which do not come with this app: "
-            "`python app.py --data-root DIR` opens it with the test images in that folder."
+            "They are looked for in the test pictures, which do not come with this app: "
+            "`python app.py --data-root DIR` opens it with those in that folder."
         )
     if not samples.misclassified:
-        return f"Of {samples.tested:,} test images ({samples.data}), none was classified wrongly."
+        return f"Of {samples.tested:,} test pictures ({literal(samples.data)}), it got none wrong."
     return (
-        f"Of {samples.tested:,} test images ({samples.data}), the wrong predictions with the "
-        "highest confidence. On the right of each: Grad-CAM of the predicted class."
+        f"Of {samples.tested:,} test pictures ({literal(samples.data)}), the wrong answers of which it was "
+        "most sure. On the right of each the places that spoke for the wrong name."
     )

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from json import loads
 from typing import Any
 
 import gradio as gr
@@ -32,18 +33,25 @@ from yolo.app.widgets import (
     Updates,
     ask_for_picture,
     clear_on_failure,
+    gallery_update,
     map_notes,
     picture_input,
     samples_gallery,
     store_file,
     store_image,
+    threshold_sliders,
 )
 from yolo.explain.cam import DETECTOR_CAM, DETECTOR_METHOD, OPACITY, CamSettings, Explanation
 from yolo.metrics.report import SHOWN_SCORE
 
 CACHED_SAMPLES = 32
-TARGET_NAMES = {"class": "its class", "object": "that there is an object", "score": "both together"}
-LAYER_NAMES = {"auto": "the box's own", "fused": "all of them, averaged"}
+TARGET_NAMES = {"class": "its name", "object": "that something is there", "score": "both together"}
+LAYER_NAMES = {"auto": "as the box was found", "fused": "all of them, averaged"}
+FOUND = {  # what the red places did, by what is explained
+    "class": "made the model call it *{name}*",
+    "object": "told the model that something is there",
+    "score": "made the model find it and call it *{name}*",
+}
 
 
 class DetectTab:
@@ -54,17 +62,32 @@ class DetectTab:
     """
 
     def __init__(self, detector: DetectionExplainer, samples: SampleSet | None) -> None:
-        self.detector = detector
-        self.samples = samples
-        self.trace_sample = lru_cache(CACHED_SAMPLES)(self._trace_sample)
+        self.use(detector, samples)
         self.view = gr.State(None, time_to_live=3600)
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
                 self.upload = picture_input()
-                self.gallery = samples_gallery(samples)
+                self.gallery = gr.Dataset(**samples_gallery(samples))
+                self.missed = gr.Dataset(**self._missed_gallery())
             with gr.Column(scale=9, min_width=320):
                 self._lay_out_results()
         self._wire()
+
+    def use(self, detector: DetectionExplainer, samples: SampleSet | None) -> None:
+        """Show this model from now on, with its samples."""
+        self.detector = detector
+        self.samples = samples
+        self.trace_sample = lru_cache(CACHED_SAMPLES)(self._trace_sample)
+
+    def on_switch(self) -> Updates:
+        """Show the model and the samples that `use` was given."""
+        return {
+            self.upload: None,
+            self.gallery: gallery_update(samples_gallery(self.samples)),
+            self.missed: gallery_update(self._missed_gallery()),
+            self.iou: self.detector.default_iou,
+            **(self.on_open() if self.samples and self.samples.samples else {}),
+        }
 
     def on_open(self) -> Updates:
         """Show the first sample, so that nobody meets an empty page."""
@@ -166,6 +189,34 @@ class DetectTab:
         settings = CamSettings(method, target, layer)
         return {self.list: chosen.key, **self._explain(view, detections, chosen, settings, opacity)}
 
+    def on_missed(
+        self,
+        score: float,
+        iou: float,
+        method: str,
+        target: str,
+        layer: str,
+        opacity: float,
+    ) -> Updates:
+        """Detect on the sample that shows a miss, and explain what was missed."""
+        assert self.samples is not None and self.samples.missed is not None
+        view = self.trace_sample(self.samples.missed)
+        thresholds = Thresholds(score, iou)
+        missed = [one for one in self.detector.detections(view, thresholds) if one.kind == "missed"]
+        settings = CamSettings(method, target, layer)
+        updates = self._update(view, thresholds, settings, opacity)
+        if missed:
+            largest = max(missed, key=lambda one: one.area)
+            detections = self.detector.detections(view, thresholds)
+            updates |= self._explain(view, detections, largest, settings, opacity)
+            updates[self.list] = gr.Radio(updates[self.list].choices, value=largest.key)
+        return {self.upload: None, self.view: view, **updates}
+
+    def _missed_gallery(self) -> dict[str, Any]:
+        number = self.samples.missed if self.samples else None
+        label = "One with something that the model misses"
+        return samples_gallery(self.samples, [] if number is None else [number], label)
+
     def _trace_sample(self, number: int) -> View:
         assert self.samples is not None
         sample = self.samples.samples[number]
@@ -194,6 +245,7 @@ class DetectTab:
             self.table: to_rows(view, detections, names),
             self.csv: store_file(csv.encode(), "detections.csv"),
             self.json: store_file(json.encode(), "detections.json"),
+            self.answer: loads(json),
         }
         if kept is None:
             return updates | self._explain(view, detections, chosen, settings, opacity)
@@ -216,7 +268,7 @@ class DetectTab:
             self.boxes: store_image(draw_detections(view, detections, names, chosen)),
             self.map: gr.Image(
                 store_image(draw_map(view, chosen, explanation, opacity)),
-                label=f"{METHOD_NAMES[settings.method]} · {names[chosen.label]}",
+                label=f"Why {names[chosen.label]}? ({METHOD_NAMES[settings.method]})",
             ),
             self.caption: _caption(chosen, names[chosen.label], explanation),
             self.layer: gr.Dropdown(
@@ -228,59 +280,72 @@ class DetectTab:
         with gr.Row():
             self.boxes = gr.Image(
                 **RESULT | {"elem_classes": ["picture", "clickable"]},
-                label="Detections",
+                label="What the model found",
                 elem_id="boxes",
-                alt_text="The picture with its detections",
+                alt_text="The picture with a frame around everything that was found",
             )
             self.map = gr.Image(
                 **RESULT,
-                label="Heat map",
+                label="Why?",
                 elem_id="map",
-                alt_text="The heat map of the chosen detection",
+                alt_text="The places that mattered for the chosen frame",
             )
         self.caption = gr.Markdown(elem_classes="caption", elem_id="caption")
         gr.HTML(SCALE_BAR)
         self.list = gr.Radio(
-            label="Explain: click a box in the picture, or choose here",
+            label="Click a frame in the picture, or choose here, to see why it was found",
             elem_id="detections",
             elem_classes="detections",
         )
         with gr.Row():
-            self.score = gr.Slider(
-                0.05,
-                0.95,
-                SHOWN_SCORE,
-                step=0.01,
-                label="Confidence",
-                elem_id="score",
-                min_width=240,
-            )
-            iou, label = self.detector.default_iou, "Overlap at which two boxes are one"
-            self.iou = gr.Slider(0.1, 0.9, iou, step=0.05, label=label, min_width=240)
+            self.score, self.iou = threshold_sliders(self.detector.default_iou)
+        with gr.Accordion("How the map is made", open=False):
+            self._lay_out_map_settings()
+        self.table = gr.Dataframe(
+            headers=list(COLUMNS),
+            interactive=False,
+            label="All that was found, in pixels of your picture",
+            elem_id="table",
+            buttons=[],
+        )
+        with gr.Row():
+            self.csv = gr.DownloadButton("Download the table (CSV)", size="sm", elem_id="csv")
+            self.json = gr.DownloadButton("Download as JSON", size="sm", elem_id="json")
+        with gr.Accordion("The same as JSON, as programs get it", open=False):
+            self.answer = gr.JSON(show_label=False)
+
+    def _lay_out_map_settings(self) -> None:
         with gr.Row():
             self.method = gr.Dropdown(
-                METHOD_CHOICES, value=DETECTOR_METHOD, label="Method", min_width=140
+                METHOD_CHOICES,
+                value=DETECTOR_METHOD,
+                label="Method",
+                info="Ways to measure which places mattered",
+                min_width=140,
             )
             self.target = gr.Dropdown(
                 [(name, target) for target, name in TARGET_NAMES.items()],
                 value="class",
                 label="What is explained",
+                info="The name of the frame, or the frame itself",
                 min_width=140,
             )
             self.layer = gr.Dropdown(
-                [(LAYER_NAMES["auto"], "auto")], value="auto", label="Layer", min_width=140
+                [(LAYER_NAMES["auto"], "auto")],
+                value="auto",
+                label="Detail",
+                info="How finely the picture is divided",
+                min_width=140,
             )
-            self.opacity = gr.Slider(0.2, 1.0, OPACITY, step=0.05, label="Opacity", min_width=140)
-        self.table = gr.Dataframe(
-            headers=list(COLUMNS),
-            interactive=False,
-            label="Detections, in pixels of the original picture",
-            elem_id="table",
-            buttons=[],
-        )
-        with gr.Row():
-            self.csv = gr.DownloadButton("Download CSV", size="sm", elem_id="csv")
-            self.json = gr.DownloadButton("Download JSON", size="sm", elem_id="json")
+            self.opacity = gr.Slider(
+                0.2,
+                1.0,
+                OPACITY,
+                step=0.05,
+                label="Colour",
+                info="How much it covers the picture",
+                min_width=140,
+            )
 
     def _wire(self) -> None:
         controls: list[Any] = [
@@ -292,8 +357,9 @@ class DetectTab:
             self.opacity,
         ]
         mapped = [self.boxes, self.map, self.caption, self.layer]
-        shown = [*mapped, self.list, self.table, self.csv, self.json]
+        shown = [*mapped, self.list, self.table, self.csv, self.json, self.answer]
         self.shown = [self.view, *shown]
+        self.switched = [self.upload, self.gallery, self.missed, self.iou, *self.shown]
         current = [self.view, self.list, *controls]
         quick: dict[str, Any] = {"trigger_mode": "always_last", "show_progress": "hidden", **QUEUE}
         uploaded = self.upload.change(
@@ -305,6 +371,13 @@ class DetectTab:
             [self.gallery, *controls],
             [self.upload, *self.shown],
             api_name="sample",
+            **QUEUE,
+        )
+        self.missed.click(
+            self.on_missed,
+            controls,
+            [self.upload, *self.shown],
+            api_visibility="private",
             **QUEUE,
         )
         self.score.input(self.on_thresholds, current, shown, api_name="filter", **quick)
@@ -324,32 +397,31 @@ def _by_key(detections: Sequence[Detection], key: str | None) -> Detection | Non
 def _title(detection: Detection, class_names: Sequence[str]) -> str:
     name = class_names[detection.label]
     if detection.kind == "picture":
-        return f"{name} · whole picture"
+        return f"nothing found: what looks most like {name}"
     return f"{name} · missed" if detection.score is None else f"{name} · {detection.score:.0%}"
 
 
 def _layer_name(layer: str, view: View) -> str:
     if layer in LAYER_NAMES:
         return LAYER_NAMES[layer]
-    stride = int(layer.removeprefix("stride"))
-    cells = view.trace.place.size // stride
-    return f"stride {stride}: {cells} x {cells} cells"
+    cells = view.trace.place.size // int(layer.removeprefix("stride"))
+    return f"{cells} x {cells} places"
 
 
 def _caption(detection: Detection, name: str, explanation: Explanation) -> str:
-    method, layer = METHOD_NAMES[explanation.method], explanation.layer
     name = literal(name)
+    sure = f"{explanation.score:.1%}" if explanation.score >= 0.001 else "less than 0.1%"
     if detection.kind == "found":
-        target = TARGET_NAMES[explanation.target]
-        text = f"**{name}, {explanation.score:.0%}.** {method} of {target}, at {layer}."
+        what = FOUND[explanation.target].format(name=name)
+        text = f"**{name}, {explanation.score:.0%} sure.** The red places {what}."
     elif detection.kind == "missed":
         text = (
-            f"**{name}, missed.** {method} where it should have been found, at {layer}; "
-            f"its score there is {explanation.score:.1%}."
+            f"**{name}, missed.** The red places look most like *{name}* to the model where it should "
+            f"have found one; it was {sure} sure."
         )
     else:
         text = (
-            f"**No detection with this confidence.** {method} of the likeliest class, {name}, over "
-            f"the whole picture, at {layer}; its best score is {explanation.score:.1%}."
+            "**Nothing found of which the model is sure enough.** The red places look most like "
+            f"*{name}* to it; it is {sure} sure."
         )
     return text + map_notes(explanation)

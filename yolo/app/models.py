@@ -1,5 +1,6 @@
 """The models that the app shows: from files, run folders and the Hugging Face Hub."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,10 +48,17 @@ def load_models(checkpoints: Sequence[str], model_url: str | None) -> dict[str, 
                 f"--checkpoint {other} and {path} are both for {TASKS[loaded.task]}: "
                 "name one of each task"
             )
-        models[loaded.task] = Model(loaded, model_url or url)
+        models[loaded.task] = Model(loaded, model_url or url or _page_in_space(path))
     if not models:
         raise UsageError(f"{bundled('weights')} holds no weights: name a --checkpoint")
     return {task: models[task] for task in TASKS if task in models}
+
+
+def _page_in_space(path: Path) -> str | None:
+    """Return where a Space shows a file that it brings along; None anywhere else."""
+    space = os.environ.get("SPACE_ID")
+    inside = space and path.resolve().is_relative_to(bundled("."))
+    return f"{HUB_PAGE}/spaces/{space}/blob/main/{path.parent.name}/{path.name}" if inside else None
 
 
 def _locate(name: str) -> tuple[Path, str | None]:

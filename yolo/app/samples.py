@@ -4,9 +4,10 @@ The app always shows such a folder: a Space brings one along, elsewhere it is ma
 """
 
 import json
+import random
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from xml.etree.ElementTree import ParseError
@@ -19,6 +20,8 @@ from defusedxml.ElementTree import parse
 from PIL import Image
 from tqdm import tqdm
 
+from yolo.app.detector import DetectionExplainer, Thresholds
+from yolo.app.uploads import read_picture
 from yolo.config import Config
 from yolo.data.classifier_images import ImageDataset
 from yolo.data.classifier_images import open_dataset as open_images
@@ -28,6 +31,7 @@ from yolo.data.sources import open_dataset
 from yolo.data.voc import read_voc
 from yolo.files import write_json
 from yolo.metrics.classification import ClassificationMetrics
+from yolo.metrics.report import SHOWN_SCORE
 from yolo.runs.checkpoint import LoadedWeights
 
 INDEX_FILE = "index.json"
@@ -82,7 +86,9 @@ class SampleSet:
     tested: int  # images that were searched for misclassified ones
     samples: tuple[Sample, ...] = ()
     misclassified: tuple[Misclassified, ...] = ()
-    choice: str = "from the test split, not picked by hand"  # what they are
+    choice: str = "from the test split, drawn at random"  # what they are
+    missed: int | None = None  # a sample on which the detector misses something
+    ranked: bool = False  # the best comes first, and `missed` is known
 
 
 def read_samples(folder: Path) -> SampleSet | None:
@@ -100,7 +106,9 @@ def read_samples(folder: Path) -> SampleSet | None:
 
 
 def write_samples(folder: Path, loaded: LoadedWeights, config: Config, count: int) -> SampleSet:
-    """Take `count` pictures from the test data, spread over it, into the new folder `folder`.
+    """Draw `count` pictures from the test data into the new folder `folder`, always the same.
+
+    A detector's are ranked, see `rank_samples`.
 
     Raises:
         UserError: if the test data that `config` names cannot be opened.
@@ -109,7 +117,7 @@ def write_samples(folder: Path, loaded: LoadedWeights, config: Config, count: in
     name = f"{config.dataset} {config.split}"  # without its folder: it may stand in public
     if config.task == "classification":
         images = open_images(config, config.split, loaded.class_names)
-        samples = [_write_image(folder, images, i) for i in _spread(len(images), count)]
+        samples = [_write_image(folder, images, i) for i in _draw(len(images), count)]
         wrong = tuple(
             _write_misclassified(folder, images, *one) for one in find_misclassified(loaded, images)
         )
@@ -117,13 +125,48 @@ def write_samples(folder: Path, loaded: LoadedWeights, config: Config, count: in
     else:
         with TemporaryDirectory() as scratch:
             scenes = _open_scenes(Path(scratch), config, loaded.class_names, count)
-            samples = [_write_scene(folder, scenes, i) for i in _spread(len(scenes), count)]
+            samples = [_write_scene(folder, scenes, i) for i in _draw(len(scenes), count)]
         if config.dataset == "digits":
             name = "handwritten digits on photographs"
         content = SampleSet(folder, loaded.class_names, name, 0, tuple(samples))
-    record = {key: value for key, value in asdict(content).items() if key != "folder"}
-    write_json(folder / INDEX_FILE, record)
-    return content
+    return rank_samples(content, loaded)
+
+
+def rank_samples(samples: SampleSet, loaded: LoadedWeights) -> SampleSet:
+    """Put the sample first on which a detector does best, choose one that shows a miss; store it.
+
+    The best: everything found and nothing else, with the highest confidence. The miss: the largest
+    object, as a share of its picture, that was not found.
+    """
+    if loaded.task == "detection" and samples.samples:
+        explainer = DetectionExplainer(loaded)
+        grades = [_grade(explainer, samples.folder, sample) for sample in samples.samples]
+        best = max(range(len(grades)), key=lambda k: grades[k][0])
+        order = [best, *(k for k in range(len(grades)) if k != best)]
+        worst = max(range(len(order)), key=lambda place: grades[order[place]][1])
+        samples = replace(
+            samples,
+            samples=tuple(samples.samples[k] for k in order),
+            missed=worst if grades[order[worst]][1] > 0 else None,
+        )
+    samples = replace(samples, ranked=True)
+    record = {key: value for key, value in asdict(samples).items() if key != "folder"}
+    write_json(samples.folder / INDEX_FILE, record)
+    return samples
+
+
+def _grade(
+    explainer: DetectionExplainer, folder: Path, sample: Sample
+) -> tuple[tuple[float, float], float]:
+    """Return how good a detector is on a sample (F1, mean score), and the share of what it misses."""
+    view = explainer.trace(read_picture(folder / sample.file), sample.annotation)
+    things = explainer.detections(view, Thresholds(SHOWN_SCORE, explainer.default_iou))
+    scores = [one.score for one in things if one.score is not None]
+    missed = [one.area for one in things if one.kind == "missed"]
+    wanted = sample.difficult.count(False)
+    f1 = 2 * (wanted - len(missed)) / max(1, len(scores) + wanted)
+    height, width = view.picture.pixels.shape[:2]
+    return (f1, float(np.mean(scores or [0.0]))), max(missed, default=0.0) / (height * width)
 
 
 def find_misclassified(loaded: LoadedWeights, images: ImageDataset) -> list[tuple[int, int, float]]:
@@ -140,9 +183,9 @@ def find_misclassified(loaded: LoadedWeights, images: ImageDataset) -> list[tupl
     return [(int(i), int(state["predicted"][i]), float(state["confidence"][i])) for i in worst]
 
 
-def _spread(total: int, count: int) -> list[int]:
-    """Return `count` places at equal distances, chosen by nobody's taste."""
-    return sorted({round(place) for place in np.linspace(0, total - 1, min(count, total))})
+def _draw(total: int, count: int) -> list[int]:
+    """Return `count` places out of `total`, drawn by chance but always the same."""
+    return sorted(random.Random(0).sample(range(total), min(count, total)))
 
 
 def _open_scenes(

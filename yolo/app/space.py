@@ -6,7 +6,7 @@ Front matter of a Space: https://huggingface.co/docs/hub/spaces-config-reference
 import dataclasses
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +16,7 @@ import yaml
 
 from yolo.app.about import TASKS, literal, model_card, model_name, results_markdown
 from yolo.app.models import HUB_PAGE, Model, first_line
-from yolo.app.samples import SampleSet, read_samples, write_samples
+from yolo.app.samples import SampleSet, rank_samples, read_samples, write_samples
 from yolo.errors import UserError
 from yolo.runs.checkpoint import load_weights, publish_weights
 from yolo.runs.trust import check_data_named
@@ -85,8 +85,18 @@ def build(
     return folder
 
 
-def push(folder: Path, name: str) -> str:
+def with_page(models: Mapping[str, Model], name: str) -> dict[str, Model]:
+    """Return the models, those without a page of their own with the one that `push` makes."""
+    return {
+        task: Model(model.loaded, model.url or f"{HUB_PAGE}/{name}")
+        for task, model in models.items()
+    }
+
+
+def push(folder: Path, name: str, models: Mapping[str, Model]) -> str:
     """Upload a Space folder to `owner/name`, made if it does not exist; return its address.
+
+    The weights of models whose page is `owner/name` too become a model repository of that name.
 
     Raises:
         UserError: if the Hub refuses.
@@ -94,7 +104,13 @@ def push(folder: Path, name: str) -> str:
     from huggingface_hub import HfApi
 
     api = HfApi()
+    own = [task for task, model in models.items() if model.url == f"{HUB_PAGE}/{name}"]
     try:
+        if own:
+            with TemporaryDirectory() as scratch:
+                _write_model_repository(Path(scratch), folder, own)
+                api.create_repo(name, repo_type="model", exist_ok=True)
+                api.upload_folder(repo_id=name, repo_type="model", folder_path=scratch)
         api.create_repo(name, repo_type="space", space_sdk="gradio", exist_ok=True)
         api.upload_folder(
             repo_id=name, repo_type="space", folder_path=str(folder), delete_patterns="*"
@@ -104,6 +120,20 @@ def push(folder: Path, name: str) -> str:
             f"--push {name}: {first_line(error)}; `hf auth login` signs you in"
         ) from None
     return f"{HUB_PAGE}/spaces/{name}"
+
+
+def _write_model_repository(target: Path, space: Path, tasks: Sequence[str]) -> None:
+    """Write weights and card of a Space's models as a model repository of the Hub."""
+    for task in tasks:
+        name = f"{task}.safetensors"
+        shutil.copyfile(space / "weights" / name, target / name)
+    front = {
+        "license": "mit",
+        "pipeline_tag": TASKS[tasks[0]].replace(" ", "-"),
+        "tags": ["yolov3", "grad-cam"],
+    }
+    card = (space / "MODEL_CARD.md").read_text()
+    (target / "README.md").write_text(f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{card}")
 
 
 def requirements() -> str:
@@ -132,7 +162,7 @@ def _make_samples(
     folder = brought / loaded.task if brought else None
     samples = read_samples(folder) if folder else None
     fits = samples is not None and samples.class_names == loaded.class_names
-    if data or not fits:
+    if data or not (fits and samples and samples.ranked):  # a Space brings its own
         try:
             config = dataclasses.replace(loaded.config, **data)
             check_data_named(loaded, config)
@@ -140,10 +170,13 @@ def _make_samples(
         except UserError as error:
             if not fits:
                 raise
-            print(f"{TASKS[loaded.task]}: {error}; the bundled samples are shown", flush=True)
-    assert folder is not None
-    shutil.copytree(folder, made, dirs_exist_ok=True)
-    return read_samples(made)
+            if data:
+                print(f"{TASKS[loaded.task]}: {error}; the bundled samples are shown", flush=True)
+            shutil.rmtree(made, ignore_errors=True)
+    assert folder is not None and samples is not None
+    shutil.copytree(folder, made)
+    copied = dataclasses.replace(samples, folder=made)
+    return copied if samples.ranked else rank_samples(copied, loaded)
 
 
 def _write_weights(space: Path, model: Model) -> Model:
@@ -164,8 +197,8 @@ def _write_texts(
     (space / "requirements.txt").write_text(requirements())
     (space / "packages.txt").write_text("\n".join(SYSTEM_PACKAGES) + "\n")
     urls = {model.url for model in models.values() if model.url}
-    if len(urls) == 1:
-        (space / "app.yaml").write_text(yaml.safe_dump({"model_url": urls.pop()}))
+    settings = {"public": True, **({"model_url": urls.pop()} if len(urls) == 1 else {})}
+    (space / "app.yaml").write_text(yaml.safe_dump(settings))
 
 
 def _front_matter(models: Mapping[str, Model]) -> dict[str, Any]:

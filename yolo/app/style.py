@@ -14,7 +14,8 @@ THEME = gr.themes.Default(
 )
 
 CSS = """
-.gradio-container { max-width: min(1360px, 100vw) !important; margin: 0 auto !important; }
+.gradio-container { width: 100%; max-width: min(1360px, 100vw) !important;
+  margin: 0 auto !important; }
 .gradio-container .main.app { padding: 16px clamp(14px, 2.5vw, 32px) 32px !important;
   min-width: 0; }
 .gradio-container .main.app > .wrap, .gradio-container main.contain { min-width: 0; width: 100%; }

@@ -9,7 +9,8 @@ from PIL import Image, ImageOps
 from yolo.data.dataset import MAX_PIXELS
 from yolo.errors import UserError
 
-MAX_FILE_SIZE = "15mb"
+MAX_FILE_SIZE = "100mb"  # of a video
+MAX_PICTURE_SIZE = 15 << 20  # bytes
 LONGEST_SIDE = (
     2048  # pixels kept: several times what the network sees, a fraction of what a phone takes
 )
@@ -40,6 +41,8 @@ def read_picture(path: str | Path) -> Picture:
         UserError: for what is no picture, damaged or too large, without its path or content.
     """
     try:
+        if Path(path).stat().st_size > MAX_PICTURE_SIZE:
+            raise UserError(f"This picture has more than {MAX_PICTURE_SIZE >> 20} MB.")
         with Image.open(path, formats=FORMATS) as image:
             return _decode(image)
     except Image.DecompressionBombError:

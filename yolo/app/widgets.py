@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -17,6 +17,7 @@ from yolo.app.samples import SampleSet
 from yolo.app.uploads import Picture, read_picture
 from yolo.errors import UserError
 from yolo.explain.cam import METHODS, TARGET_BLIND, Explanation
+from yolo.metrics.report import SHOWN_SCORE
 
 Updates = dict[Any, Any]  # component -> new value, as Gradio takes them
 
@@ -38,8 +39,8 @@ RESULT: dict[str, Any] = {
     "elem_classes": "picture",
 }
 SCALE_BAR = (
-    '<div class="scale"><span>weak</span><i></i>'
-    "<span>strongest evidence in this picture</span></div>"
+    '<div class="scale"><span>mattered little</span><i></i>'
+    "<span>mattered most in this picture</span></div>"
 )
 
 
@@ -101,29 +102,58 @@ def clear_on_failure(event: Any, upload: gr.Image) -> None:
     event.failure(lambda: None, None, upload, api_visibility="private", show_progress="hidden")
 
 
-def samples_gallery(samples: SampleSet | None) -> gr.Dataset:
-    """Return the samples as thumbnails; a click hands over the number."""
-    files = (
-        [[str(samples.folder / sample.thumbnail)] for sample in samples.samples] if samples else []
-    )
-    return gr.Dataset(
-        components=[gr.Image(visible=False)],
-        samples=files,
-        type="index",
-        label="Or one of these",
-        layout="gallery",
-        samples_per_page=16,
-        elem_classes="samples",
-        visible=bool(files),
+def samples_gallery(
+    samples: SampleSet | None, numbers: Sequence[int] | None = None, label: str = "Or one of these"
+) -> dict[str, Any]:
+    """Return the settings of a `gr.Dataset` of samples as thumbnails; a click hands over the place."""
+    shown = samples.samples if samples else ()
+    if numbers is not None:
+        shown = tuple(shown[number] for number in numbers)
+    return {
+        "components": [gr.Image(visible=False, render=False)],
+        "samples": [[str(samples.folder / one.thumbnail)] for one in shown] if samples else [],
+        "type": "index",
+        "label": label,
+        "layout": "gallery",
+        "samples_per_page": 16,
+        "elem_classes": "samples",
+        "visible": bool(shown),
+    }
+
+
+def gallery_update(settings: Mapping[str, Any]) -> Any:
+    """Return what shows other samples in a gallery that is on the page."""
+    return gr.update(samples=settings["samples"], visible=settings["visible"])
+
+
+def threshold_sliders(default_iou: float) -> tuple[gr.Slider, gr.Slider]:
+    """Return the sliders Confidence and Overlap."""
+    return gr.Slider(
+        0.05,
+        0.95,
+        SHOWN_SCORE,
+        step=0.01,
+        label="Confidence",
+        info="Show what the model is at least this sure of",
+        elem_id="score",
+        min_width=240,
+    ), gr.Slider(
+        0.1,
+        0.9,
+        default_iou,
+        step=0.05,
+        label="Overlap",
+        info="Two frames that overlap more are one thing",
+        min_width=240,
     )
 
 
 def map_notes(explanation: Explanation) -> str:
     """Return what a caption adds about an empty map, or one that is the same for every target."""
     if explanation.is_zero:
-        return " **The map is empty: nothing in this layer raises this score.**"
+        return " **The map is empty: no place mattered to this method.**"
     blind = explanation.method in TARGET_BLIND
-    return " This method gives the same map for every box and class." if blind else ""
+    return " This method gives the same map for everything in the picture." if blind else ""
 
 
 def ask_for_picture() -> Updates:

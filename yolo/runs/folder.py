@@ -212,12 +212,13 @@ def newest_unfinished(config_name: str) -> RunFolder | None:
     )
 
 
-def newest_run() -> Path | None:
-    """Return the run folder under `runs/` that was saved to last, if there is one."""
-    files = max(
-        RUNS.glob(f"*/checkpoints/{CHECKPOINTS}"), key=lambda p: p.stat().st_mtime, default=None
-    )
-    return files and files.parent.parent
+def list_runs() -> list[Path]:
+    """Return the run folders under `runs/` that hold checkpoints, the one last saved to first."""
+    saved: dict[Path, float] = {}
+    for file in RUNS.glob(f"*/checkpoints/{CHECKPOINTS}"):
+        run = file.parent.parent
+        saved[run] = max(saved.get(run, 0.0), file.stat().st_mtime)
+    return sorted(saved, key=saved.__getitem__, reverse=True)
 
 
 def checkpoint_name(epoch: int, step: int, lr: float) -> str:
