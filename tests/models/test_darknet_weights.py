@@ -54,7 +54,8 @@ def _state(model: nn.Module, part: str = "") -> dict[str, torch.Tensor]:
 
 def _assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+    # a scale is multiplied and divided again
+    assert [name for name in a if not torch.allclose(a[name], b[name], rtol=1e-6, atol=0)] == []
 
 
 def test_convolutions_are_those_of_yolov3_cfg_in_its_order() -> None:
@@ -114,6 +115,8 @@ def test_a_random_file_is_read_value_by_value_in_darknets_order(
             stored = [conv.conv.bias]
         for tensor in [*stored, conv.conv.weight]:
             part = values[start : start + tensor.numel()]
+            if conv.norm is not None and tensor is conv.norm.weight:
+                part = (part * conv.scale_factor().numpy()).astype(np.float32)
             assert np.array_equal(tensor.detach().numpy().ravel(), part), conv.name
             start += tensor.numel()
     assert start == count
@@ -144,6 +147,29 @@ def test_any_cut_is_written_and_read_back(
     given = _state(source)
     expected = {name: (given if name.startswith(loaded) else before)[name] for name in before}
     _assert_equal(_state(model), expected)
+
+
+def test_a_read_network_answers_by_darknets_formula(tmp_path: Path) -> None:
+    """Normalisation by the deviation + 1e-6, also where the variance is next to nothing."""
+    source, model = _random_model(seed=1), _random_model(seed=2)
+    norm = darknet_convolutions(source)[0].norm
+    norm.running_var.data = torch.logspace(-12, 1, len(norm.running_var))
+    count = sum(conv.num_values(3) for conv in darknet_convolutions(source)[:1])
+    stored = [norm.bias, norm.weight, norm.running_mean, norm.running_var]
+    values = [value.detach() for value in [*stored, darknet_convolutions(source)[0].conv.weight]]
+    path = tmp_path / "yolov3.conv.1"
+    numbers = np.concatenate([value.numpy().ravel() for value in values])
+    path.write_bytes(struct.pack("<3iq", 0, 2, 0, 1) + numbers.astype("<f4").tobytes())
+    assert len(numbers) == count and load_darknet(model, path).convolutions == 1
+
+    images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    bias, scale, mean, variance, kernel = (value.double() for value in values)
+    raw = nn.functional.conv2d(images.double(), kernel, padding=1).movedim(1, -1)
+    wanted = scale * (raw - mean) / (variance.sqrt() + 1e-6) + bias
+    first = model.eval().backbone.stem
+    with torch.no_grad():
+        found = first[1](first[0](images)).movedim(1, -1).double()
+    assert ((found - wanted).abs() / wanted.abs().clamp(min=1)).max() < 1e-5
 
 
 def test_heads_for_other_classes_are_left_out_and_said(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ of images seen (int64 from version 0.2 on, int32 before), then little-endian flo
 with batch normalisation stores bias, scale, running mean and running variance, then the kernel; the
 last convolution of a head its bias, then the kernel. The channels of its heads are in our order
 (`tx, ty, tw, th, objectness, classes` per anchor), but its classes are trained as independent
-sigmoids, and its batch normalisation adds epsilon to the deviation instead of the variance.
+sigmoids, and its batch normalisation is scale (x - mean) / (sqrt(variance) + 1e-6) + bias (`blas.c`,
+`normalize_cpu`), where torch takes sqrt(variance + 1e-5): the scale makes up for that, both ways.
 """
 
 import struct
@@ -25,6 +26,7 @@ from yolo.models.yolov3 import ANCHORS_PER_SCALE, YoloV3
 BACKBONE_CONVOLUTIONS = 52  # what `darknet53.conv.74` holds
 # beyond this a number of classes is taken for an accident of the file's length
 MAX_CLASSES = 10_000
+EPSILON = 1e-6  # that Darknet adds to the deviation
 
 
 class DarknetConv(NamedTuple):
@@ -42,6 +44,12 @@ class DarknetConv(NamedTuple):
         mean, var = self.norm.running_mean, self.norm.running_var
         assert mean is not None and var is not None
         return [self.norm.bias, self.norm.weight, mean, var, self.conv.weight]
+
+    def scale_factor(self) -> Tensor:
+        """Return [C] what Darknet's scale is multiplied by to give the same output in torch."""
+        assert self.norm is not None and self.norm.running_var is not None
+        variance = self.norm.running_var.double().clamp(min=0)
+        return (variance + self.norm.eps).sqrt() / (variance.sqrt() + EPSILON)
 
     def num_values(self, num_classes: int) -> int:
         """Return how many numbers a model with `num_classes` stores for it."""
@@ -126,6 +134,8 @@ def write_darknet(
         file.write(struct.pack(f"<3i{seen_format}", *version, images_seen))
         for conv in darknet_convolutions(model)[:convolutions]:
             for tensor in conv.tensors():
+                if conv.norm is not None and tensor is conv.norm.weight:
+                    tensor = tensor.double() / conv.scale_factor()
                 file.write(tensor.detach().float().cpu().numpy().astype("<f4").tobytes())
 
 
@@ -179,6 +189,8 @@ def load_darknet(model: YoloV3, path: Path) -> DarknetCut:
                 parts = stored.split([tensor.numel() for tensor in tensors])
                 for tensor, part in zip(tensors, parts, strict=True):
                     tensor.copy_(part.view_as(tensor))
+                if conv.norm is not None:
+                    conv.norm.weight.copy_(conv.norm.weight * conv.scale_factor())
             start += size
     return cut
 
