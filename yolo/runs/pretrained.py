@@ -18,6 +18,7 @@ from yolo.config import Config
 from yolo.errors import UsageError, UserError
 from yolo.files import bundled, find
 from yolo.models.backbones import TimmBackbone, fetch_state, fit_state
+from yolo.models.course_weights import CONVOLUTION, from_course
 from yolo.models.darknet_weights import darknet_convolutions, load_darknet
 from yolo.models.yolov3 import ANCHORS_PER_SCALE, YoloV3
 from yolo.runs.checkpoint import load_checkpoint, read_safetensors
@@ -135,7 +136,8 @@ def init_weights(
 ) -> LoadReport:
     """Copy what fits from a weight file into the model, in place; `.weights` and `.conv.N` are Darknet's.
 
-    From our checkpoints come the averaged weights. Of the output layers for other classes the rows
+    From our checkpoints come the averaged weights; a checkpoint of the course's own code is read by
+    `from_course`. Of the output layers for other classes the rows
     of box and objectness are taken, and those of classes that both name; the others start anew.
 
     Raises:
@@ -147,6 +149,8 @@ def init_weights(
     if path.suffix == ".weights" or re.search(r"\.conv\.\d+$", path.name):
         return _init_from_darknet(model, path)
     state, stored = _read_state(path)
+    if isinstance(model, YoloV3) and not isinstance(model.backbone, TimmBackbone):
+        state = from_course(model, state) or state
     return _init_from_state(model, path, state, same_classes(class_names, stored))
 
 
@@ -247,8 +251,15 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], list[str] | None]:
         with suppress(ValueError):  # of another program
             names = json.loads(metadata.get("classes", "null"))
     elif path.suffix == ".ckpt":
-        stored = load_checkpoint(path)
-        content, names = stored["ema"], stored["classes"]
+        try:
+            stored = load_checkpoint(path)
+            content, names = stored["ema"], stored["classes"]
+        except UserError:
+            content = _read_torch_file(path)
+            if not any(
+                map(CONVOLUTION.fullmatch, content)
+            ):  # as Lightning saves the course's model
+                raise
     else:
         content = _read_torch_file(path)
     tensors = {
