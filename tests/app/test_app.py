@@ -1,8 +1,8 @@
 import csv
 import io
 import json
-import re
 import os
+import re
 import struct
 import zlib
 from dataclasses import replace
