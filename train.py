@@ -202,7 +202,10 @@ def assemble(
         del checkpoint  # it is as large as the state
     mirror = Mirror(args.mirror, folder.path.name) if args.mirror and is_writer else None
     run = Run(plan, start, cfg, task, state, writes=is_writer, log=log, mirror=mirror)
-    return train(fabric, cfg, state, task, sampler, stop, run)
+    try:
+        return train(fabric, cfg, state, task, sampler, stop, run)
+    finally:
+        state.threads.take(state.threads.most)  # a notebook goes on in this process
 
 
 def train(

@@ -10,7 +10,7 @@ import evaluate
 import train
 from yolo.errors import UserError
 
-CPU = ["--accelerator", "cpu", "--workers", "0"]
+CPU = ["--accelerator", "cpu", "--workers", "0", "--threads", "1"]
 CONFIG = ["--config", "configs/digits_classify.yaml"]
 
 

@@ -50,8 +50,8 @@ def test_one_short_pause_of_the_others_takes_nothing_back(monkeypatch) -> None:
 
 
 def test_a_given_number_stays(monkeypatch) -> None:
-    fabric, _ = make_fabric(Config(accelerator="cpu", precision="32-true"))
-    threads = Threads.of(fabric, Config(threads=2))
+    config = Config(accelerator="cpu", precision="32-true", threads=2)
+    threads = Threads.of(make_fabric(config)[0], config)
     threads.others = lambda: 5.0
     assert threads.adapt() is None
     assert torch.get_num_threads() == 2

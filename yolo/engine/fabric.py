@@ -28,6 +28,8 @@ def make_fabric(cfg: HardwareConfig) -> tuple[Fabric, torch.amp.GradScaler | Non
     process on CPUs. The scaler is ours so that a checkpoint can hold it.
     """
     device = _device_type(cfg.accelerator)
+    if cfg.threads != "auto":
+        torch.set_num_threads(cfg.threads)
     if device == "cpu":
         keep_freed_memory()
     precision, _ = pick_precision(cfg.precision, device)

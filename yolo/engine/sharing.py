@@ -26,19 +26,16 @@ class Threads:
 
     def __init__(self, most: int, adapts: bool, others: Callable[[], float | None] | None = None):
         """Start with `most` threads and stay there unless it `adapts`; `others` is for tests."""
-        self.most, self.count = most, most
+        self.most = most
         self.adapts = adapts and most > 1
         self.others = others or OtherLoad()
-        self.roomy_looks = 0
-        torch.set_num_threads(most)
+        self.take(most)
 
     @classmethod
     def of(cls, fabric: Fabric, cfg: HardwareConfig) -> "Threads":
-        """Return as many as `--threads` says; `auto` adapts on a CPU that no other rank uses."""
-        if cfg.threads != "auto":
-            return cls(cfg.threads, adapts=False)
+        """Return those of this process; they adapt unless `--threads` is a number or other ranks compute."""
         alone = fabric.device.type == "cpu" and ranks_per_node(fabric, cfg) == 1
-        return cls(torch.get_num_threads(), adapts=alone)
+        return cls(torch.get_num_threads(), adapts=cfg.threads == "auto" and alone)
 
     def adapt(self) -> str | None:
         """Look at the machine, once a second; return what was changed, in words, if anything was."""
@@ -52,9 +49,13 @@ class Threads:
         if room == self.count or (room > self.count and self.roomy_looks < LOOKS):
             return None
         change = f"{room} instead of {self.count} threads: other programs use {used:.1f} of {cores} cores"
-        self.count, self.roomy_looks = room, 0
-        torch.set_num_threads(room)
+        self.take(room)
         return change
+
+    def take(self, count: int) -> None:
+        """Compute with `count` threads from now on."""
+        self.count, self.roomy_looks = count, 0
+        torch.set_num_threads(count)
 
 
 class OtherLoad:
