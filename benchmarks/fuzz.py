@@ -50,7 +50,7 @@ from yolo.runs.logbook import Logbook
 from yolo.runs.pretrained import init_weights
 from yolo.schedule import plan_schedule, read_schedule, write_schedule
 
-SECONDS = 10  # that one input may take
+SECONDS = 10  # of a processor that one input may take
 MEMORY = 4 << 30  # bytes that all may take beyond what the process has
 WIDTH = 0.05
 
@@ -124,7 +124,8 @@ def _try(reader: Reader, folder: Path, inputs: int, seed: int, kept: Path | None
 
 def _outcome(reader: Reader, folder: Path, skip_bad: bool) -> tuple[str, str | None]:
     """Return what happened, and where if it should not have."""
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, 6 * SECONDS)  # for what waits without computing
     faulthandler.dump_traceback_later(12 * SECONDS, exit=True)  # where no signal gets through
     try:
         with redirect_stdout(io.StringIO()):
@@ -147,6 +148,7 @@ def _outcome(reader: Reader, folder: Path, skip_bad: bool) -> tuple[str, str | N
     except BaseException as error:
         return "traceback", f"{type(error).__name__} at {_place()}: {str(error)[:200]}"
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         faulthandler.cancel_dump_traceback_later()
 
@@ -168,7 +170,8 @@ def _limits() -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_AS)
     terminal = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    signal.signal(signal.SIGALRM, interrupt)
+    for number in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(number, interrupt)
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, before[1]))
     os.dup2(nowhere, 2)
     try:

@@ -66,6 +66,17 @@ def signal_group_after_step(step: int, number: int) -> None:
     after_step(step, lambda state: os.killpg(os.getpgrp(), number))
 
 
+def stop_answering_after_step(step: int) -> None:
+    """As a machine whose network cable was pulled: no word, and no end either."""
+    loop.LINK_SECONDS = 2.0
+    after_step(step, lambda state: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def wait_two_seconds_for_other_ranks() -> None:
+    """Do not wait two minutes for another rank."""
+    loop.LINK_SECONDS = 2.0
+
+
 def slow_steps(seconds: float) -> None:
     """Let each optimizer step take longer."""
     train_step = loop.train_step

@@ -250,6 +250,27 @@ def test_a_signal_to_one_rank_alone_stops_both_and_the_resume_is_exact(
     assert metrics(run_dir) == metrics(two_ranks)
 
 
+def test_a_rank_that_answers_no_more_stops_the_other_within_the_time_limit(
+    tiny_config: Path, tmp_path: Path
+) -> None:
+    port, log = free_port(), tmp_path / "0.log"
+    argv = ["--config", str(tiny_config), "--out-dir", str(tmp_path / "run")]
+    hooks = (faults.wait_two_seconds_for_other_ranks, partial(faults.stop_answering_after_step, 4))
+    ranks = [
+        start_training(argv, log.with_stem(str(rank)), hook=hook, env=rank_env(rank, 2, port))
+        for rank, hook in enumerate(hooks)
+    ]
+    try:
+        ranks[0].join(100)
+        assert ranks[0].exitcode == 1, log.read_text()
+    finally:
+        for rank in ranks:
+            rank.kill()
+    (line,) = [line for line in log.read_text().splitlines() if line.startswith("error:")]
+    assert "another rank ended, or did not answer for" in line and "--resume auto" in line
+    assert "Traceback" not in log.read_text()
+
+
 def test_the_same_batch_goes_on_with_another_number_of_ranks_and_says_so(
     tiny_config: Path, two_ranks: Path, tmp_path: Path
 ) -> None:

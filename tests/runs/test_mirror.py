@@ -13,6 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from yolo.errors import UsageError, UserError
+from yolo.runs import mirror as mirrors
 from yolo.runs.checkpoint import save_checkpoint
 from yolo.runs.mirror import Mirror, bring_back, fetch_run, find_run
 
@@ -165,6 +166,62 @@ def test_closing_a_hung_mirror_gives_up_after_its_timeout(tmp_path: Path) -> Non
     mirror.close(timeout=0.2)
     assert time.monotonic() - start < 2
     assert "checkpoints/1.ckpt" in warnings[-1]
+
+
+def test_a_file_that_makes_no_progress_is_given_up_and_the_next_one_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirrors, "STALLED", 0.2)
+    put_file, stuck = MemoryFileSystem.put_file, threading.Event()
+
+    def put_or_hang(self: Any, lpath: str, rpath: str, **settings: Any) -> None:
+        if "stuck" in rpath:
+            stuck.wait(20)
+        put_file(self, lpath, rpath, **settings)
+
+    monkeypatch.setattr(FlakyFileSystem, "put_file", put_or_hang)
+    warnings: list[str] = []
+    mirror = Mirror("flaky://bucket", "voc-1", warnings.append, first_wait=0.001)
+    for name in ("stuck.txt", "next.txt"):
+        (tmp_path / name).write_text(name)
+        mirror.copy(tmp_path / name, name)
+    wait_for(lambda: bool(warnings))
+    assert "no answer for 0.2 s" in warnings[0]
+    wait_for(lambda: any(name.endswith("next.txt") for name in MemoryFileSystem.store))
+    mirror.close(0.1)
+    stuck.set()
+
+
+def test_a_mirror_that_does_not_answer_holds_no_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirrors, "_open", lambda url: time.sleep(20))
+    start = time.monotonic()
+    Mirror("memory://bucket", "voc-1").copy(tmp_path / "x", "x")
+    assert time.monotonic() - start < 2
+
+
+def test_a_hung_mirror_is_an_error_of_a_fetch_and_no_endless_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirrors, "STALLED", 0.1)
+    monkeypatch.setattr(MemoryFileSystem, "ls", lambda *_, **__: time.sleep(20))
+    with pytest.raises(UserError, match=r"cannot be read \(no answer for 0\.1 s"):
+        find_run("memory://bucket", "voc")
+
+
+def test_the_best_checkpoint_comes_back_with_the_newest(tmp_path: Path, url: str) -> None:
+    first = mirrored_run(tmp_path, url, "voc-1")
+    oldest = sorted((first / "checkpoints").iterdir())[0]
+    (first / "checkpoints/best.txt").write_text(f"{oldest.name}\n")
+    mirror = Mirror(url, "voc-1")
+    mirror.copy(first / "checkpoints/best.txt", "checkpoints/best.txt")
+    mirror.close(10)
+    fresh = tmp_path / "second_machine" / "voc-1"
+    newest = fetch_run(url, "voc-1", fresh)
+    assert newest is not None and newest.name != oldest.name
+    assert (fresh / "checkpoints" / oldest.name).read_bytes() == oldest.read_bytes()
+    assert (fresh / "checkpoints/best.txt").read_text().strip() == oldest.name
 
 
 def test_a_file_that_was_pruned_before_its_copy_is_no_failure(tmp_path: Path) -> None:

@@ -35,13 +35,21 @@ def read_coco(
     path = root / split
     try:
         content = json.loads(read_text(path))
-        images = {entry["id"]: entry for entry in content["images"]}
-        names = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
+        images = {int(entry["id"]): entry for entry in content["images"]}
+        names = {int(entry["id"]): str(entry["name"]) for entry in content["categories"]}
         boxes, crowds, polygons = _boxes(content["annotations"], names)
         parents = {entry.get("supercategory") for entry in content["categories"]}
     except OSError as error:
         raise UserError(f"split '{split}': {path} cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        IndexError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise UserError(f"{path}: is no COCO JSON ({type(error).__name__}: {error})") from None
     used = {thing.name for things in boxes.values() for thing in things}
     # Roboflow writes the name of the whole set as a category that is above the others
@@ -72,7 +80,7 @@ def read_coco(
 
 
 def _boxes(
-    annotations: Sequence[dict[str, Any]], names: dict[Any, str]
+    annotations: Sequence[dict[str, Any]], names: dict[int, str]
 ) -> tuple[dict[int, list[RawBox]], list[Any], list[Any]]:
     """Return the boxes by image, and the ids of crowds and of polygons without a box."""
     boxes: dict[int, list[RawBox]] = defaultdict(list)
@@ -88,7 +96,8 @@ def _boxes(
             x, y = min(points[::2]), min(points[1::2])
             width, height = max(points[::2]) - x, max(points[1::2]) - y
             polygons.append(entry.get("id"))
-        name = names.get(entry["category_id"], f"category {entry['category_id']}")
+        number = int(entry["category_id"])
+        name = names.get(number, f"category {number}")
         boxes[int(entry["image_id"])].append(RawBox(name, (x, y, x + width, y + height)))
     return boxes, crowds, polygons
 

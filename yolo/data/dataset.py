@@ -407,8 +407,10 @@ def decode_rgb(
         image = cv2.imdecode(encoded, flags)
     except cv2.error:
         image = None
-    if image is None:
+    if image is None or image.dtype != np.uint8:
         raise UserError(f"{path}: is truncated or no image")
+    if image.ndim == 2:  # of the kinds that OpenCV leaves grey
+        return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
     if shrink > 1:
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)  # reduced decoding knows only BGR
     is_jpeg = encoded[:2].tobytes() == JPEG_START

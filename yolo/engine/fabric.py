@@ -1,8 +1,10 @@
 """Launch the processes of a run, and what they say to one another."""
 
 import ctypes
+import inspect
 import os
 import platform
+from datetime import timedelta
 from functools import cache
 from typing import Any
 
@@ -12,12 +14,16 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision
 from lightning.fabric.strategies import DDPStrategy
 from torch import Tensor
+from torch.distributed import distributed_c10d
+from torch.nn.parallel import DistributedDataParallel
 
 from yolo.config import HardwareConfig
 from yolo.engine.stopping import StopRequest
-from yolo.errors import UsageError
+from yolo.errors import UsageError, UserError
 from yolo.inference.fast import cpu_computes_bf16
 
+LINK_SECONDS = 120.0  # in the step loop no rank is later than this, unless the link to it is lost
+PATIENCE_SECONDS = 1800.0  # elsewhere: for compiling, a download, a test, a slow disk
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h, see mallopt(3)
 
 
@@ -37,12 +43,15 @@ def make_fabric(cfg: HardwareConfig) -> tuple[Fabric, torch.amp.GradScaler | Non
     plugins = [MixedPrecision("16-mixed", device, scaler=scaler)] if scaler else None
     devices, num_nodes = world(cfg)
     several = num_nodes * (torch.cuda.device_count() if devices == "auto" else int(devices)) > 1
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in known)
+    own_statistics: dict[str, Any] = {name: False}
     fabric = Fabric(
         accelerator=device,
         devices=devices,
         num_nodes=num_nodes,
         # of the statistics DDP would keep rank 0's alone: `average_over_ranks` takes all of them
-        strategy=DDPStrategy(broadcast_buffers=False) if several else "auto",
+        strategy=DDPStrategy(**own_statistics) if several else "auto",
         precision=None if plugins else precision,  # type: ignore[arg-type]
         plugins=plugins,  # type: ignore[arg-type]
     )
@@ -126,6 +135,25 @@ def agree(fabric: Fabric, *flags: bool) -> list[bool]:
     # asking the GPU would wait for it
     dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=_cpu_group())
     return votes.bool().tolist()
+
+
+def wait_at_most(fabric: Fabric, seconds: float) -> None:
+    """Let waiting for another rank, in the group that `agree` uses, end after so many seconds."""
+    if fabric.world_size > 1:
+        # before PyTorch 2.13 it had another name
+        set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
+        set_timeout(timedelta(seconds=seconds), _cpu_group())
+
+
+def lost_link(error: RuntimeError) -> UserError | None:
+    """Return what to tell of an error that another rank's end or silence raised; None for others."""
+    if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        return None
+    reason = str(error).strip().splitlines()[0]
+    return UserError(
+        f"another rank ended, or did not answer for {LINK_SECONDS:g} s: see its own output, or the "
+        f"network between the machines; go on with --resume auto ({reason})"
+    )
 
 
 def agreed_reason(fabric: Fabric, stop: StopRequest) -> str | None:

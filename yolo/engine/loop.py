@@ -11,12 +11,16 @@ from torch.utils.data import DataLoader
 
 from yolo.config import Config
 from yolo.engine.fabric import (
+    LINK_SECONDS,
+    PATIENCE_SECONDS,
     Fabric,
     agree,
     agreed_reason,
     average_over_ranks,
     gather,
+    lost_link,
     sum_over_ranks,
+    wait_at_most,
 )
 from yolo.engine.loaders import make_eval_loader
 from yolo.engine.meter import Meter
@@ -96,11 +100,15 @@ def train_one_epoch(
         run: where losses and checkpoints go.
 
     Raises:
-        UserError: if the loss is not finite for several steps, or the GPU's memory is exhausted.
+        UserError: if the loss is not finite for several steps, the GPU's memory is exhausted, a
+            loader's worker was killed, or another rank is lost.
     """
     cfg, schedule = task.config, run.schedule
     freeze_backbone(state, cfg)
     meter = Meter(fabric, cfg, state, run)
+    # the first epoch of a start compiles for one image size after another
+    patience = PATIENCE_SECONDS if cfg.compile and not state.is_compiled else LINK_SECONDS
+    wait_at_most(fabric, patience)
     try:
         for micro_batches in meter.timed(steps):
             lr, beta1 = schedule.lr[state.step], schedule.beta1[state.step]
@@ -117,17 +125,37 @@ def train_one_epoch(
             state.evaluation_due = epoch_ends or test_is_due(cfg, state, len(schedule))
             stopping, saving = agree(fabric, stop.reason is not None, run.save_is_due(state.step))
             if state.step == run.end or stopping or state.evaluation_due:
-                return  # if a save is due as well, the test comes first
+                break  # if a save is due as well, the test comes first
             if saving:
+                wait_at_most(fabric, PATIENCE_SECONDS)
                 run.save()
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"out of GPU memory at --img-sizes {max(cfg.img_sizes)} with --batch-size "
-            f"{schedule.global_batch}: double --grad-accum-steps (the same batch in smaller "
-            "parts), lower --batch-size, or drop the largest of --img-sizes"
-        ) from None
+                agree(fabric, True)  # nobody waits for rank 0's disk in the next step
+                wait_at_most(fabric, patience)
+    except RuntimeError as error:
+        if told := _told(error, cfg, run):
+            raise told from None
+        raise
     finally:
         meter.close()
+        wait_at_most(fabric, PATIENCE_SECONDS)
+    state.is_compiled = True
+
+
+def _told(error: RuntimeError, cfg: Config, run: Run) -> UserError | None:
+    """Return what a person can do about an error; torch has hardly any types for them."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return UserError(
+            f"out of GPU memory at --img-sizes {max(cfg.img_sizes)} with --batch-size "
+            f"{run.schedule.global_batch}: double --grad-accum-steps (the same batch in smaller "
+            "parts), lower --batch-size, or drop the largest of --img-sizes"
+        )
+    if "DataLoader worker" in str(error):
+        saved = run.last_checkpoint.name if run.last_checkpoint else "the start"
+        return UserError(
+            f"{str(error).strip()} Mostly it lacked memory: use fewer --workers or --cache none, and "
+            f"go on from {saved} with --resume {run.folder.path}"
+        )
+    return lost_link(error)
 
 
 def test_is_due(cfg: Config, state: State, steps: int) -> bool:

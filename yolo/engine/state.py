@@ -36,6 +36,7 @@ class State:
     batch: int = 0  # optimizer steps done within the epoch
     evaluation_due: bool = False  # an epoch has ended and was not tested yet
     best_score: float = -1.0
+    is_compiled: bool = False  # for all image sizes, in this start
     confidence: float | None = None  # at the best F1 of the last test that computed mAP
 
     def __post_init__(self) -> None:

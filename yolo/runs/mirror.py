@@ -7,16 +7,21 @@ brings it back onto a fresh machine. Nothing here may hold up or stop a training
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
 
 import fsspec
 from filelock import FileLock
+from fsspec.callbacks import Callback
 from fsspec.spec import AbstractFileSystem
 
 from yolo.errors import UsageError, UserError
 from yolo.files import replacing
-from yolo.runs.checkpoint import load_checkpoint
+from yolo.runs.checkpoint import BEST_FILE, load_checkpoint
 from yolo.runs.folder import (
     CHECKPOINTS,
     RUNS,
@@ -27,6 +32,41 @@ from yolo.runs.folder import (
 )
 
 LONGEST_WAIT = 60.0  # seconds between two attempts to reach a mirror that does not answer
+STALLED = 60.0  # seconds without a byte, after which a file is given up
+
+T = TypeVar("T")
+
+
+def patiently(work: Callable[[Callback], T]) -> T:
+    """Return what `work` returns, in a thread of its own, as long as it makes progress.
+
+    Args:
+        work: gets a callback of fsspec, which counts the bytes that have gone.
+
+    Raises:
+        TimeoutError: after `STALLED` seconds without a byte. The thread is left alone: no storage
+            library can be interrupted.
+        Exception: what `work` raises.
+    """
+    progress = Callback()
+    done: SimpleQueue[tuple[bool, Any]] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            done.put((True, work(progress)))
+        except Exception as error:
+            done.put((False, error))
+
+    threading.Thread(target=run, name="mirror's file", daemon=True).start()
+    before = -1
+    while before != progress.value:
+        before = progress.value
+        with suppress(Empty):
+            went_well, result = done.get(timeout=STALLED)
+            if went_well:
+                return result
+            raise result
+    raise TimeoutError(f"no answer for {STALLED:g} s")
 
 
 def warn_on_stderr(line: str) -> None:
@@ -49,9 +89,8 @@ class Mirror:
         Raises:
             UsageError: if no installed file system knows the URL's scheme.
         """
-        self.url = url
-        self._fs, root = _open(url)
-        self._folder = f"{root}/{run_name}"
+        self.url, self._run_name = url, run_name
+        _check_scheme(url)  # no more: a mirror that does not answer must not hold the start
         self._warn = warn
         self._first_wait = first_wait
         self._pending: dict[str, Path | None] = {}  # name there -> file to copy, None to delete
@@ -93,7 +132,7 @@ class Mirror:
         while (request := self._next()) is not None:
             name, file = request
             try:
-                self._send(name, file)
+                patiently(partial(self._send, name, file))
             except Exception as error:  # whatever a storage library raises, training goes on
                 self._report(error)
                 with self._changed:
@@ -118,13 +157,14 @@ class Mirror:
             self._busy = next(iter(self._pending))
             return self._busy, self._pending.pop(self._busy)
 
-    def _send(self, name: str, file: Path | None) -> None:
-        target = f"{self._folder}/{name}"
+    def _send(self, name: str, file: Path | None, progress: Callback) -> None:
+        fs, root = _open(self.url)
+        target = f"{root}/{self._run_name}/{name}"
         if file is None:
-            if self._fs.exists(target):
-                self._fs.rm(target)
+            if fs.exists(target):
+                fs.rm(target)
         elif file.exists():  # pruning may have been faster
-            _put(self._fs, file, target)
+            _put(fs, file, target, progress)
 
     def _report(self, error: Exception) -> None:
         if not self._failed:
@@ -207,18 +247,47 @@ def fetch_run(
     for name in (
         _names(fs, remote, url) if newer else ()
     ):  # first: what comes after a broken fetch needs them
-        if fs.isfile(f"{remote}/{name}"):
+        if patiently(lambda _, path=f"{remote}/{name}": fs.isfile(path)):  # type: ignore[misc]
             _get(fs, f"{remote}/{name}", run_dir / name, url)
     for path in sorted(newer, key=step_of, reverse=True):
         _get(fs, f"{remote}/checkpoints/{path.name}", path, url)
         try:
-            load_checkpoint(path)
+            content = load_checkpoint(path)
         except UserError as error:
             warn(f"warning: {error} (fetched from {url})")
             path.unlink()
             continue
+        _fetch_best(fs, f"{remote}/checkpoints", folder, content.get("best"), url, warn)
         return path
     return None
+
+
+def _fetch_best(
+    fs: AbstractFileSystem,
+    remote: str,
+    folder: Path,
+    best: str | None,
+    url: str,
+    warn: Callable[[str], None],
+) -> None:
+    """Bring back `best.txt` and the best checkpoint, too; without them a run goes on all the same."""
+    marked = folder / BEST_FILE
+    try:
+        names = _names(fs, remote, url)
+        if BEST_FILE in names:
+            _get(fs, f"{remote}/{BEST_FILE}", marked, url)
+            best = best or marked.read_text(errors="replace").strip()
+        if best in names and fnmatch(best, CHECKPOINTS) and not (folder / best).exists():
+            _get(fs, f"{remote}/{best}", folder / best, url)
+    except UserError as error:
+        warn(f"warning: the best checkpoint was not fetched: {error}")
+
+
+def _check_scheme(url: str) -> None:
+    try:
+        fsspec.get_filesystem_class(fsspec.core.split_protocol(url)[0] or "file")
+    except (ImportError, ValueError) as error:
+        raise UsageError(f"--mirror {url}: {' '.join(str(error).split())}") from None
 
 
 def _open(url: str) -> tuple[AbstractFileSystem, str]:
@@ -229,13 +298,13 @@ def _open(url: str) -> tuple[AbstractFileSystem, str]:
     return fs, root.rstrip("/")
 
 
-def _put(fs: AbstractFileSystem, file: Path, target: str) -> None:
+def _put(fs: AbstractFileSystem, file: Path, target: str, progress: Callback) -> None:
     """Copy so that `target` is never seen half-written: by renaming, or by object storage's whole uploads."""
     size = file.stat().st_size
     can_rename = type(fs).mv is not AbstractFileSystem.mv
     landing = f"{target}.part" if can_rename else target
     fs.makedirs(target.rpartition("/")[0], exist_ok=True)
-    fs.put_file(str(file), landing)
+    fs.put_file(str(file), landing, callback=progress)
     if fs.size(landing) < size:  # a log may have grown meanwhile
         raise OSError(f"only {fs.size(landing)} of {size} bytes of {file.name} arrived")
     if can_rename:
@@ -245,7 +314,7 @@ def _put(fs: AbstractFileSystem, file: Path, target: str) -> None:
 def _get(fs: AbstractFileSystem, source: str, file: Path, url: str) -> None:
     try:
         with replacing(file) as temporary:
-            fs.get_file(source, str(temporary))
+            patiently(lambda progress: fs.get_file(source, str(temporary), callback=progress))
     except Exception as error:
         raise _unreadable(url, error) from None
 
@@ -254,7 +323,8 @@ def _names(fs: AbstractFileSystem, folder: str, url: str) -> list[str]:
     """Return the sorted names in a folder; none if it does not exist."""
     try:
         fs.invalidate_cache()
-        return sorted(path.rstrip("/").rpartition("/")[2] for path in fs.ls(folder, detail=False))
+        paths = patiently(lambda _: fs.ls(folder, detail=False))
+        return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
     except FileNotFoundError:
         return []
     except Exception as error:

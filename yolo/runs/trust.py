@@ -95,6 +95,11 @@ def check_tensors(path: Path, about: Description, tensors: Mapping[str, Tensor])
     Raises:
         UserError: naming the first difference; no memory was taken for the network.
     """
+    named = isinstance(tensors, Mapping) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()
+    )
+    if not named:
+        raise UserError(f"{path}: holds no named tensors; it is damaged")
     with torch.device("meta"):
         own: dict[str, Tensor] = build_model(about.config, len(about.class_names)).state_dict()
     for name, value in own.items():
