@@ -21,7 +21,33 @@ def inputs(args: argparse.Namespace) -> Iterator[str]:
     yield from fuzz.run(20 if args.quick else 300, args.seed, args.only, args.keep)
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], Iterator[str]]] = {"inputs": inputs}
+def kills(args: argparse.Namespace) -> Iterator[str]:
+    """Killed trainings."""
+    import crashes
+
+    yield from crashes.kills(2 if args.quick else 25, args.seed)
+
+
+def flips(args: argparse.Namespace) -> Iterator[str]:
+    """Flipped bits."""
+    import crashes
+
+    yield from crashes.flips(20 if args.quick else 100, args.seed)
+
+
+def cuts(args: argparse.Namespace) -> Iterator[str]:
+    """Power cuts, replayed from the recorded fsync and rename calls."""
+    import crashes
+
+    yield from crashes.power_cuts(2 if args.quick else 8, args.seed)
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Iterator[str]]] = {
+    "kills": kills,
+    "flips": flips,
+    "cuts": cuts,
+    "inputs": inputs,
+}
 
 
 def main() -> None:
