@@ -9,6 +9,7 @@ python evaluate.py --images DIR|GLOB|URL|film.mp4|webcam:0      # boxes drawn, J
 python evaluate.py --images DIR --write-labels yolo             # a start for labelling the next
 python evaluate.py --checkpoint C --split 2007:val --calibrate  # C-calibrated.safetensors beside it
 python evaluate.py --checkpoint C --export model.onnx           # or model.safetensors
+python evaluate.py --checkpoint C --export model.onnx --nms merge   # boxes, scores, labels
 """
 
 import dataclasses
@@ -69,7 +70,8 @@ class EvaluateArgs(HardwareConfig):
     iou_threshold: float | None = None
     """Overlap above which non-maximum suppression drops the weaker box of a class."""
     nms: Literal["standard", "merge"] | None = None
-    """`merge`: a kept box is the mean, weighted by score, of those around the same object."""
+    """`merge`: a kept box is the mean, weighted by score, of those around the same object. With
+    --export FILE.onnx: put it into the model, which then gives boxes, scores and labels."""
     max_detections: int | None = None
     """Most detections kept per image."""
     matching: Literal["plain", "devkit"] = "plain"
@@ -141,7 +143,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.export:
         from yolo.inference.export import export
 
-        print(export(loaded, Path(args.export)))
+        trained = args.over(loaded.config)
+        if args.score_threshold is not None:
+            loaded.confidence = args.score_threshold
+        loaded = dataclasses.replace(loaded, config=trained)
+        print(export(loaded, Path(args.export), nms=args.nms is not None))
         return 0
     if args.images:
         return predict_pictures(args, loaded)

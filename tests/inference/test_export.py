@@ -1,6 +1,8 @@
 """ONNX and safetensors files, and the fast forms of a network, against the network itself."""
 
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -16,7 +18,7 @@ from yolo.inference.export import PARITY, export
 from yolo.inference.fast import fast_dtype, fuse, make_fast, prepare, require_compiler
 from yolo.models.darknet import Darknet53
 from yolo.models.resnet import ResNet
-from yolo.models.yolov3 import YoloV3, decode, make_anchors
+from yolo.models.yolov3 import YoloV3, decode, make_anchors, to_detections
 from yolo.runs.checkpoint import LoadedWeights, load_weights
 
 CLASSES = ("a", "b", "c")
@@ -61,7 +63,7 @@ def classifier() -> LoadedWeights:
 @pytest.fixture(scope="module")
 def detector_onnx(detector: LoadedWeights, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("onnx") / "detector.onnx"
-    assert "of eager in onnxruntime" in export(detector, path)
+    assert "of PyTorch in onnxruntime on 5 photographs" in export(detector, path)
     return path
 
 
@@ -91,7 +93,40 @@ def test_onnx_carries_what_is_needed_to_read_its_output(
     metadata = {entry.key: entry.value for entry in onnx.load(detector_onnx).metadata_props}
     assert metadata["classes"] == '["a", "b", "c"]'
     assert (metadata["task"], metadata["test_size"]) == ("detection", "64")
+    preprocessing = json.loads(metadata["preprocessing"])
+    assert (preprocessing["colors"], preprocessing["size"], preprocessing["pad"]) == (
+        "RGB",
+        64,
+        114,
+    )
+    assert preprocessing["resize"].startswith("letterbox") and preprocessing["interpolation"]
+    thresholds = json.loads(metadata["thresholds"])
+    assert thresholds["iou"] == detector.config.iou_threshold and not thresholds["applied"]
+    assert json.loads(metadata["version"])["torch"] == torch.__version__
     assert not list(detector_onnx.parent.glob("*.part"))
+
+
+def test_onnx_with_suppression_finds_what_the_detector_finds(
+    detector: LoadedWeights, tmp_path: Path
+) -> None:
+    config = replace(detector.config, nms="merge", max_detections=20)
+    loaded = replace(detector, config=config, confidence=0.02)
+    export(loaded, tmp_path / "nms.onnx", nms=True)
+    images = torch.rand(1, 3, 64, 96)
+    boxes, scores, labels = _run(tmp_path / "nms.onnx", images)
+    with torch.inference_mode():
+        [found] = to_detections(
+            loaded.model(images), loaded.anchors, config, score_threshold=loaded.confidence
+        )
+    assert 1 < len(scores) <= 20 and len(labels.unique()) > 1
+    assert torch.equal(labels, found["labels"])
+    assert torch.allclose(scores, found["scores"], atol=PARITY)
+    assert (boxes - found["boxes"]).abs().max() < 96 * PARITY
+
+
+def test_a_classifier_has_nothing_to_suppress(classifier: LoadedWeights, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="only an ONNX detector"):
+        export(classifier, tmp_path / "classifier.onnx", nms=True)
 
 
 def test_onnx_classifies_as_eager(classifier: LoadedWeights, tmp_path: Path) -> None:
