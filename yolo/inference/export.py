@@ -71,11 +71,9 @@ class SuppressedDetector(nn.Module):
         kept = ops.nms(apart, scores, self.config.iou_threshold)[: self.config.max_detections]
         placed = boxes[kept]
         if self.config.nms == "merge":
-            same = (ops.box_iou(apart[kept], apart) > MERGE_IOU) | (
-                kept[:, None] == torch.arange(len(index))
-            )
-            weights = same * scores
-            placed = weights @ boxes / weights.sum(1, keepdim=True)
+            weights = (ops.box_iou(apart[kept], apart) > MERGE_IOU) * scores
+            total = weights.sum(1, keepdim=True)  # nothing where a box has no area
+            placed = torch.where(total > 0, weights @ boxes / total.clamp(min=1e-9), placed)
         return placed, scores[kept], labels[kept]
 
 
