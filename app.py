@@ -36,6 +36,8 @@ class AppArgs:
     checkpoint: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A run folder, a `.ckpt` or `.safetensors` file, or `hf://owner/name`: a detector, a
     classifier, or both (repeat the flag). Default: what is in `weights/`."""
+    last: bool = False
+    """Of a run folder take the newest checkpoint, not the best."""
     data_root: str | None = None
     """Where the test data lies that samples are taken from. Default: as in the training run."""
     split: str | None = None
@@ -72,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from yolo.app import space
     from yolo.app.models import load_models
 
-    models = load_models(args.checkpoint, args.model_url)
+    models = load_models(args.checkpoint, args.model_url, last=args.last)
     data = {
         key: getattr(args, key) for key in ("data_root", "split") if getattr(args, key) is not None
     }

@@ -45,6 +45,8 @@ class EvaluateArgs(HardwareConfig):
 
     checkpoint: str | None = None
     """A run folder (its best checkpoint), a `.ckpt` or a `.safetensors` file."""
+    last: bool = False
+    """Of a run folder take the newest checkpoint, not the best."""
     detections: str | None = None
     """Instead of a checkpoint: a folder of any detector's `comp4_det_<split>_<class>.txt`."""
     images: str | None = None
@@ -66,7 +68,8 @@ class EvaluateArgs(HardwareConfig):
     batch_size: int | None = None
     """Images at a time."""
     score_threshold: float | None = None
-    """Lowest score that enters mAP or, with --images, that is drawn (default there: 0.3)."""
+    """Lowest score that enters mAP or, with --images, that is drawn (default there: the
+    one at the best F1 of the training, else 0.3)."""
     iou_threshold: float | None = None
     """Overlap above which non-maximum suppression drops the weaker box of a class."""
     nms: Literal["standard", "merge"] | None = None
@@ -139,7 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from yolo.runs.checkpoint import load_weights, resolve_checkpoint
     from yolo.runs.folder import list_runs
 
-    loaded = load_weights(resolve_checkpoint(args.checkpoint or next(iter(list_runs()), None)))
+    newest = next(iter(list_runs()), None)
+    loaded = load_weights(resolve_checkpoint(args.checkpoint or newest, last=args.last))
     if args.export:
         from yolo.inference.export import export
 
@@ -316,7 +320,6 @@ def predict_pictures(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
     from yolo.inference.fast import FlipAveraged, prepare
     from yolo.inference.predict import Detector, picture_names, predict_files, write_predictions
     from yolo.inference.sources import Video, open_source
-    from yolo.metrics.report import SHOWN_SCORE
 
     if loaded.anchors is None and args.write_labels:
         raise UsageError(f"--write-labels needs a detector; {loaded.path} is a classifier")
@@ -333,7 +336,7 @@ def predict_pictures(args: EvaluateArgs, loaded: "LoadedWeights") -> int:
         model = FlipAveraged(model)
     predict = partial(loop.predict, fabric, model)
     loaded = dataclasses.replace(loaded, config=cfg)
-    threshold = SHOWN_SCORE if args.score_threshold is None else args.score_threshold
+    threshold = loaded.confidence if args.score_threshold is None else args.score_threshold
     if isinstance(source, Video):
         return predict_film(args, Detector(loaded, predict), source, folder, threshold)
     start = time.perf_counter()

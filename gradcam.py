@@ -35,6 +35,8 @@ class GradcamArgs:
     checkpoint: str | None = None
     """A run folder, a `.ckpt` or a `.safetensors` file, detector or classifier. Default: the
     bundled VOC detector."""
+    last: bool = False
+    """Of a run folder take the newest checkpoint, not the best."""
     images: str | None = None
     """A picture, a folder of pictures, or a glob in quotes."""
     output: str | None = None
@@ -97,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if args.accelerator == "cuda" and not torch.cuda.is_available():
         raise UsageError("--accelerator cuda: no CUDA device is visible to torch")
-    loaded = load_weights(resolve_checkpoint(args.checkpoint))
+    loaded = load_weights(resolve_checkpoint(args.checkpoint, last=args.last))
     loaded.model.to("cuda" if torch.cuda.is_available() and args.accelerator != "cpu" else "cpu")
     return evaluate(args, loaded) if args.evaluate else explain_pictures(args, loaded)
 

@@ -66,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, launch, and do what the flags ask for; return the exit code."""
     argv = cli.command_line(argv)
     config_file, found = recognise_data(argv)
-    plan = locate_run(argv, Path(config_file).stem)
+    name = Path(config_file).stem
+    data_root = str(found.root) if found else cli.value_of("--data-root", argv)
+    plan = replace(locate_run(argv, name, data_root), config_name=name)
     args = parse_args(argv, plan.stored_config, config_file, found)
     max_seconds = parse_seconds("--max-time", args.max_time) if args.max_time else None
     if args.plan_only and plan.folder.holds_a_run:
@@ -142,7 +144,7 @@ def parse_args(
     return args
 
 
-def locate_run(argv: Sequence[str], config_name: str) -> RunPlan:
+def locate_run(argv: Sequence[str], config_name: str, data_root: str | None) -> RunPlan:
     """Return where to write and what to continue; for `--resume auto`, fetch what a mirror has newer."""
     names = ("--out-dir", "--resume", "--mirror")
     out_dir, resume, mirror = (cli.value_of(name, argv) for name in names)
@@ -150,7 +152,7 @@ def locate_run(argv: Sequence[str], config_name: str) -> RunPlan:
         from yolo.runs.mirror import bring_back
 
         bring_back(mirror, config_name, out_dir)
-    return plan_run(config_name, out_dir, resume, torchrun_launch())
+    return plan_run(config_name, out_dir, resume, torchrun_launch(), data_root)
 
 
 def assemble(

@@ -202,7 +202,9 @@ def test_two_ranks_test_each_image_once_and_find_exactly_what_one_rank_finds(
     # odd: no image twice
     assert one.pop("shares") == sum(rank.pop("shares") for rank in ranks) == 7
     assert 0.1 < one["map_50"] < 0.99
+    loss = one.pop("validation_loss")  # a mean over batches, which are others on two ranks
     for rank in ranks:
+        assert rank.pop("validation_loss") == pytest.approx(loss, rel=0.2)
         torch.testing.assert_close(rank, one, rtol=0, atol=0, equal_nan=True)
 
 

@@ -4,9 +4,10 @@ import os
 
 import pytest
 
+from yolo.config import Config
 from yolo.engine.launch import torchrun_launch
 from yolo.errors import UsageError
-from yolo.runs.folder import Launch, RunFolder, list_checkpoints, plan_run
+from yolo.runs.folder import Launch, RunFolder, list_checkpoints, note_run, plan_run
 from yolo.runs.logbook import Progress, duration, summary_lines
 
 
@@ -43,6 +44,22 @@ def test_resume_auto_takes_the_newest_unfinished_run_of_that_configuration(tmp_p
     assert plan.folder.path.name == "voc-20260102-000000"
     assert plan.checkpoint is None
     assert plan.resuming
+
+
+def test_resume_auto_finds_a_run_in_any_folder_by_configuration_and_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number, data in enumerate(("cups", "spoons")):
+        run = make_run(tmp_path / "elsewhere" / f"run{number}", steps=(3,))
+        run.write_config(Config(data_root=str(tmp_path / data)))
+        note_run("own", run.path)
+    assert plan_run("own", None, "auto", data_root="cups").folder.path.name == "run0"
+    assert plan_run("own", None, "auto", data_root="spoons").folder.path.name == "run1"
+    assert plan_run("own", None, "auto", data_root="forks").folder.path.parent.name == "runs"
+    assert plan_run("voc", None, "auto").folder.path.parent.name == "runs"
+    (tmp_path / "elsewhere" / "run0" / "results.json").write_text("{}")  # it has ended
+    assert plan_run("own", None, "auto", data_root="cups").folder.path.parent.name == "runs"
+    note_run("own", tmp_path / "elsewhere" / "run1")  # once more: still one line
+    assert len((tmp_path / "runs" / "index.tsv").read_text().splitlines()) == 2
 
 
 def test_a_new_run_is_named_after_its_configuration_and_the_time(tmp_path, monkeypatch):

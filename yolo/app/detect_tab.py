@@ -42,7 +42,6 @@ from yolo.app.widgets import (
     threshold_sliders,
 )
 from yolo.explain.cam import DETECTOR_CAM, DETECTOR_METHOD, OPACITY, CamSettings, Explanation
-from yolo.metrics.report import SHOWN_SCORE
 
 CACHED_SAMPLES = 32
 TARGET_NAMES = {"class": "its name", "object": "that something is there", "score": "both together"}
@@ -94,7 +93,7 @@ class DetectTab:
         if not self.samples or not self.samples.samples:
             return gr.skip()
         view = self.trace_sample(0)
-        thresholds = Thresholds(SHOWN_SCORE, self.detector.default_iou)
+        thresholds = Thresholds(self.detector.default_score, self.detector.default_iou)
         return {self.view: view, **self._update(view, thresholds, DETECTOR_CAM, OPACITY)}
 
     def on_picture(
@@ -298,7 +297,7 @@ class DetectTab:
             elem_classes="detections",
         )
         with gr.Row():
-            self.score, self.iou = threshold_sliders(self.detector.default_iou)
+            self.score, self.iou = threshold_sliders(self.detector.default_score, self.detector.default_iou)
         with gr.Accordion("How the map is made", open=False):
             self._lay_out_map_settings()
         self.table = gr.Dataframe(

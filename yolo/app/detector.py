@@ -96,6 +96,7 @@ class DetectionExplainer:
         self.anchors = self.detector.anchors
         self.class_names = loaded.class_names
         self.default_iou = loaded.config.iou_threshold
+        self.default_score = min(max(round(loaded.confidence, 2), 0.05), 0.95)
 
     def trace(self, picture: Picture, annotation: Annotation | None = None) -> View:
         """Run the network; nothing below does so again."""

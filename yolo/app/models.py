@@ -27,11 +27,14 @@ class Model:
     url: str | None
 
 
-def load_models(checkpoints: Sequence[str], model_url: str | None) -> dict[str, Model]:
+def load_models(
+    checkpoints: Sequence[str], model_url: str | None, *, last: bool = False
+) -> dict[str, Model]:
     """Load one detector, one classifier, or both, by task; detection comes first.
 
     Args:
         checkpoints: files, run folders, or `hf://owner/name`; default the bundled weights.
+        last: of a run folder take the newest checkpoint, not the best.
         model_url: where the models are published, if not at the page of an `hf://` name.
 
     Raises:
@@ -41,7 +44,7 @@ def load_models(checkpoints: Sequence[str], model_url: str | None) -> dict[str, 
     models: dict[str, Model] = {}
     for name in checkpoints or map(str, bundled_weights().values()):
         path, url = _locate(name)
-        loaded = load_weights(resolve_checkpoint(path))
+        loaded = load_weights(resolve_checkpoint(path, last=last))
         if loaded.task in models:
             other = models[loaded.task].loaded.path
             raise UsageError(

@@ -40,7 +40,8 @@ class VideoTab:
                 )
                 # Gradio's own way starts programs that may not be there
                 self.upload.preprocess = _path_of_upload  # type: ignore[method-assign, assignment]
-                score, iou = threshold_sliders(detect.detector.default_iou)
+                defaults = detect.detector.default_score, detect.detector.default_iou
+                score, iou = threshold_sliders(*defaults)
                 start = gr.Button("Find objects in it", variant="primary", elem_id="start")
                 gr.Markdown(HELP)
             with gr.Column(scale=2, min_width=320):

@@ -17,7 +17,6 @@ from yolo.app.samples import SampleSet
 from yolo.app.uploads import Picture, read_picture
 from yolo.errors import UserError
 from yolo.explain.cam import METHODS, TARGET_BLIND, Explanation
-from yolo.metrics.report import SHOWN_SCORE
 
 Updates = dict[Any, Any]  # component -> new value, as Gradio takes them
 
@@ -126,12 +125,12 @@ def gallery_update(settings: Mapping[str, Any]) -> Any:
     return gr.update(samples=settings["samples"], visible=settings["visible"])
 
 
-def threshold_sliders(default_iou: float) -> tuple[gr.Slider, gr.Slider]:
+def threshold_sliders(default_score: float, default_iou: float) -> tuple[gr.Slider, gr.Slider]:
     """Return the sliders Confidence and Overlap."""
     return gr.Slider(
         0.05,
         0.95,
-        SHOWN_SCORE,
+        default_score,
         step=0.01,
         label="Confidence",
         info="Show what the model is at least this sure of",

@@ -22,7 +22,6 @@ from yolo.data.images import letterboxed
 from yolo.errors import UsageError, UserError
 from yolo.files import replacing, write_json
 from yolo.inference.fast import prepare
-from yolo.metrics.report import SHOWN_SCORE
 from yolo.models.yolov3 import to_detections
 from yolo.runs.checkpoint import LoadedWeights, load_weights, resolve_checkpoint
 from yolo.viz.draw import draw_boxes
@@ -118,28 +117,32 @@ class Detector:
 
     @overload
     def detect(  # type: ignore[overload-overlap]  # a `str` is a sequence of `str`
-        self, images: Picture, score_threshold: float = ..., iou_threshold: float | None = ...
+        self,
+        images: Picture,
+        score_threshold: float | None = ...,
+        iou_threshold: float | None = ...,
     ) -> Detections: ...
 
     @overload
     def detect(
         self,
         images: Sequence[Picture],
-        score_threshold: float = ...,
+        score_threshold: float | None = ...,
         iou_threshold: float | None = ...,
     ) -> list[Detections]: ...
 
     def detect(
         self,
         images: Picture | Sequence[Picture],
-        score_threshold: float = SHOWN_SCORE,
+        score_threshold: float | None = None,
         iou_threshold: float | None = None,
     ) -> Detections | list[Detections]:
         """Detect on one picture, or on several in batches.
 
         Args:
             images: paths, or pixels [H, W, 3] uint8 RGB of any size; one, or a list of either.
-            score_threshold: lowest score, in [0, 1].
+            score_threshold: lowest score, in [0, 1]; by default the one at the model's best F1 where
+                the weights carry it, else 0.3.
             iou_threshold: overlap above which non-maximum suppression drops the weaker box of a
                 class; by default that of the training's configuration.
 
@@ -151,6 +154,7 @@ class Detector:
         """
         if isinstance(images, str | Path | np.ndarray):
             return self.detect([images], score_threshold, iou_threshold)[0]
+        lowest = self.loaded.confidence if score_threshold is None else score_threshold
         found: list[Detections] = []
         for start in range(0, len(images), BATCH):
             batch = [
@@ -158,7 +162,7 @@ class Detector:
             ]
             outputs = self.predict(torch.stack([one.image for one in batch]))
             sizes = [(one.height, one.width) for one in batch]
-            found += self.read_outputs(outputs, sizes, score_threshold, iou_threshold)
+            found += self.read_outputs(outputs, sizes, lowest, iou_threshold)
         return found
 
     def read_outputs(

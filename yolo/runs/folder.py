@@ -15,6 +15,7 @@ from yolo.errors import UsageError, UserError
 from yolo.files import read_text, replacing
 
 RUNS = Path("runs")
+INDEX = "index.tsv"  # of the runs that were started from here, also of those with another --out-dir
 CHECKPOINTS = "epoch*-step*-lr*.ckpt"
 LOCK_SECONDS = 10.0  # a killed start may still be ending
 _DIGEST = "# digest "
@@ -40,6 +41,12 @@ class RunFolder:
     def holds_a_run(self) -> bool:
         """Whether somebody trained here."""
         return self.metrics.exists() or bool(list_checkpoints(self.checkpoints))
+
+    def is_of(self, data_root: str) -> bool:
+        """Return whether the run is trained on the data of that folder, wherever it lies now."""
+        stored = yaml.safe_load(self.config.read_text()) if self.config.exists() else None
+        root = str((stored or {}).get("data_root") or "")
+        return Path(root).resolve().name == Path(data_root).resolve().name
 
     def write_config(self, config: Config) -> None:
         """Store the configuration so that `--config` can read it back.
@@ -135,6 +142,7 @@ class RunPlan:
     resuming: bool = False
     checkpoint: Path | None = None  # named by `--resume`; None: the newest intact one of the folder
     launch: Launch | None = None
+    config_name: str = ""  # stem of the configuration file
 
     @property
     def stored_config(self) -> Path | None:
@@ -148,7 +156,11 @@ class RunPlan:
 
 
 def plan_run(
-    config_name: str, out_dir: str | None, resume: str | None, launch: Launch | None = None
+    config_name: str,
+    out_dir: str | None,
+    resume: str | None,
+    launch: Launch | None = None,
+    data_root: str | None = None,
 ) -> RunPlan:
     """Choose where a run writes, and what it continues from.
 
@@ -159,6 +171,7 @@ def plan_run(
         out_dir: what `--out-dir` says.
         resume: None, `auto`, or the path of a checkpoint or run folder.
         launch: by torchrun, if it is.
+        data_root: of the run that `auto` goes on with, if that is given.
 
     Raises:
         UsageError: if the folder holds a run and `resume` is not given, or `resume` names nothing.
@@ -169,7 +182,7 @@ def plan_run(
         folder, checkpoint = _named_run(Path(resume), out_dir)
         return RunPlan(folder, True, checkpoint, launch)
     if out_dir is None:
-        unfinished = newest_unfinished(config_name) if resume == "auto" else None
+        unfinished = newest_unfinished(config_name, data_root) if resume == "auto" else None
         fresh = RunFolder(RUNS / f"{config_name}-{time.strftime('%Y%m%d-%H%M%S')}")
         return RunPlan(unfinished or fresh, resume == "auto", launch=launch)
     folder = RunFolder(Path(out_dir))
@@ -204,20 +217,49 @@ def _named_run(source: Path, out_dir: str | None) -> tuple[RunFolder, Path | Non
     return folder, list_checkpoints(home.checkpoints)[-1] if source.is_dir() else source
 
 
-def newest_unfinished(config_name: str) -> RunFolder | None:
-    """Return the newest folder of that configuration that has a checkpoint and no results yet."""
-    folders = [RunFolder(path) for path in sorted(RUNS.glob(f"{config_name}-[0-9]*"), reverse=True)]
-    return next(
-        (f for f in folders if list_checkpoints(f.checkpoints) and not f.results.exists()), None
-    )
+def newest_unfinished(config_name: str, data_root: str | None = None) -> RunFolder | None:
+    """Return the newest folder of that configuration that has a checkpoint and no results yet.
+
+    Args:
+        config_name: stem of the configuration file.
+        data_root: of the run, if that is to be the same.
+    """
+    started = {path: path.name[-15:] for path in RUNS.glob(f"{config_name}-[0-9]*")}
+    for when, name, folder in _index():
+        if name == config_name:
+            started.setdefault(Path(folder), when)
+    for path in sorted(started, key=lambda path: started[path], reverse=True):
+        run = RunFolder(path)
+        if run.results.exists() or not list_checkpoints(run.checkpoints):
+            continue
+        if data_root is None or run.is_of(data_root):
+            return run
+    return None
+
+
+def _index() -> list[list[str]]:
+    """Return start, configuration and folder of the runs that were started from here."""
+    lines = (RUNS / INDEX).read_text().splitlines() if (RUNS / INDEX).exists() else []
+    return [fields for line in lines if len(fields := line.split("\t")) == 3]
+
+
+def note_run(config_name: str, folder: Path) -> None:
+    """Remember a run under `runs/`, wherever its folder is, so that `--resume auto` finds it."""
+    path = str(folder.absolute())
+    kept = [fields for fields in _index() if fields[2] != path and Path(fields[2]).is_dir()]
+    RUNS.mkdir(parents=True, exist_ok=True)
+    lines = [*kept, [time.strftime("%Y%m%d-%H%M%S"), config_name, path]]
+    with replacing(RUNS / INDEX) as temporary:
+        temporary.write_text("".join("\t".join(fields) + "\n" for fields in lines))
 
 
 def list_runs() -> list[Path]:
-    """Return the run folders under `runs/` that hold checkpoints, the one last saved to first."""
+    """Return the run folders started from here that hold checkpoints, the one last saved to first."""
+    folders = {*RUNS.glob("*"), *(Path(folder) for _, _, folder in _index())}
     saved: dict[Path, float] = {}
-    for file in RUNS.glob(f"*/checkpoints/{CHECKPOINTS}"):
-        run = file.parent.parent
-        saved[run] = max(saved.get(run, 0.0), file.stat().st_mtime)
+    for run in {folder.resolve(): folder for folder in sorted(folders)}.values():
+        if checkpoints := list_checkpoints(run / "checkpoints"):
+            saved[run] = max(file.stat().st_mtime for file in checkpoints)
     return sorted(saved, key=saved.__getitem__, reverse=True)
 
 

@@ -21,7 +21,7 @@ from yolo.models.backbones import TimmBackbone, fetch_state, fit_state
 from yolo.models.course_weights import CONVOLUTION, from_course
 from yolo.models.darknet_weights import darknet_convolutions, load_darknet
 from yolo.models.yolov3 import ANCHORS_PER_SCALE, YoloV3
-from yolo.runs.checkpoint import load_checkpoint, read_safetensors
+from yolo.runs.checkpoint import load_checkpoint, read_safetensors, resolve_checkpoint
 
 OUTPUT_LAYER = re.compile(r"heads\.\d+\.1\.|classifier\.")  # its size is that of the class list
 WRAPPERS = re.compile(
@@ -79,7 +79,9 @@ def start_weights(
     if isinstance(model, YoloV3) and wanted != "none":
         lines += load_backbone(model, wanted)
     if start:
-        lines += init_weights(model, find(Path(start)), class_names).lines()
+        path = find(Path(start))
+        path = resolve_checkpoint(path) if path.is_dir() else path
+        lines += init_weights(model, path, class_names).lines()
     return lines
 
 

@@ -29,7 +29,7 @@ from yolo.runs.checkpoint import (
     save_weights,
     set_aside,
 )
-from yolo.runs.folder import RunPlan
+from yolo.runs.folder import RunPlan, note_run
 from yolo.runs.logbook import Logbook, summary_lines, test_line
 from yolo.runs.mirror import Mirror
 from yolo.runs.results import about_model, result_record, write_results
@@ -101,6 +101,8 @@ class Run:
         self.lock = folder.lock()
         if self.plan.launch:
             self.plan.launch.mark(folder)
+        if self.plan.config_name:
+            note_run(self.plan.config_name, folder.path)
         folder.write_config(self.cfg)  # on a resume too: its flags hold from now on
         if not self.start.schedule_is_stored:
             write_plan(

@@ -21,7 +21,7 @@ from yolo.metrics.cell_accuracy import CellAccuracy
 from yolo.metrics.report import SHOWN_SCORE
 from yolo.models.build import build_model
 from yolo.models.yolov3 import STRIDES, make_anchors, to_detections, trained_objectness
-from yolo.tasks.assigned import AssignedCollate, AssignedTargets
+from yolo.tasks.assigned import AssignedCollate, AssignedTargets, assign
 from yolo.tasks.base import EvalSplit, Task, tile
 from yolo.viz.draw import draw_boxes
 
@@ -32,6 +32,7 @@ class DetectionSplit(EvalSplit):
 
     anchors: Tensor  # [3, A, 2] pixels
     calibration: Tensor | None = None  # [3, 2] factors that the heads to be tested carry
+    criterion: YoloLoss | None = None  # measures the loss as well
 
     @classmethod
     def of(cls, config: Config, dataset: DetectionDataset, anchors: Tensor) -> "DetectionSplit":
@@ -112,15 +113,16 @@ class DetectionTask(Task):
         sizes = anchor_sizes(config.anchors) or cluster_anchors(train_set, config)
         anchors = make_anchors(sizes, config.resolved_test_size)
         names = train_set.class_names
+        criterion = YoloLoss(anchors, config.loss_settings, config.label_smoothing)
         return cls(
             config=config,
             class_names=names,
             model=build_model(config, len(names)),
-            criterion=YoloLoss(anchors, config.loss_settings, config.label_smoothing),
+            criterion=criterion,
             train_set=train_set,
             train_samples=TrainSamples(train_set, config, config.seed),
             train_collate=AssignedCollate(MosaicCollate(config, config.seed), anchors, config),
-            eval_split=DetectionSplit.of(config, eval_set, anchors),
+            eval_split=replace(DetectionSplit.of(config, eval_set, anchors), criterion=criterion),
             test_split=cls.open_split(config, names, anchors) if config.val_split else None,
             anchors=anchors,
         )
@@ -174,6 +176,7 @@ class DetectionEvaluation:
 
     def __init__(self, split: DetectionSplit, *, with_map: bool) -> None:
         self.config, self.anchors, self.calibration = split.config, split.anchors, split.calibration
+        self.criterion, self.loss_sum, self.images = split.criterion, 0.0, 0
         dataset = split.dataset
         self.class_names = dataset.class_names
         self.cells = CellAccuracy(len(dataset.class_names))
@@ -195,15 +198,28 @@ class DetectionEvaluation:
                 targets, self.anchors, img_size, use_difficult=use_difficult, device=device
             )
             cells.update(trained, assigned, enlarged)
+        if self.criterion is not None:
+            self.images += len(targets)
+            self.loss_sum += len(targets) * self._loss(outputs, targets, img_size)
         if self.detections is None:
             return
         detected = all_detections(outputs, self.anchors, self.config, targets)
         for detections, target in zip(detected, targets, strict=True):
             self.detections.update(target["image_index"], detections)
 
+    def _loss(
+        self, outputs: Sequence[Tensor], targets: Sequence[Mapping[str, Any]], img_size: int
+    ) -> float:
+        assert self.criterion is not None
+        scales = assign(self.config, targets, self.anchors.cpu(), img_size)
+        assigned = AssignedTargets.pack(scales).to(outputs[0].device)
+        terms = self.criterion(outputs, assigned, assigned.counts)
+        return float(torch.stack([*terms.values()]).sum())
+
     def state(self) -> dict[str, Any]:
         """Return this rank's sums and detections."""
         return {
+            "loss": (self.loss_sum, self.images),
             "cells": self.cells.state(),
             "cells_with_difficult": self.cells_with_difficult.state(),
             "detections": self.detections.state() if self.detections else None,
@@ -211,6 +227,7 @@ class DetectionEvaluation:
 
     def merge(self, states: Sequence[dict[str, Any]]) -> None:
         """Take the sums and detections of all ranks."""
+        self.loss_sum, self.images = map(sum, zip(*(s["loss"] for s in states), strict=True))
         self.cells.merge([state["cells"] for state in states])
         self.cells_with_difficult.merge([state["cells_with_difficult"] for state in states])
         if self.detections:
@@ -230,5 +247,6 @@ class DetectionEvaluation:
             "with_difficult": {
                 name: value for name, value in others.items() if not isinstance(value, list | dict)
             },
+            **({"validation_loss": self.loss_sum / self.images} if self.images else {}),
             **(self.detections.compute() if self.detections else {}),
         }
