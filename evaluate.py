@@ -206,6 +206,8 @@ def measure(
     from yolo.engine.loaders import make_eval_loader
     from yolo.inference.fast import FlipAveraged, prepare
     from yolo.metrics.devkit import write_detections
+    from yolo.runs.advice import advice
+    from yolo.runs.folder import RunFolder
     from yolo.runs.results import about_model
     from yolo.runs.trust import check_data_named
     from yolo.tasks.build import open_split
@@ -260,7 +262,10 @@ def measure(
         if (grid := misclassified_grid(loaded.model, split.dataset, metrics)) is not None:
             pictures["misclassified"] = grid
     scored = (found.detections(), found.objects()) if found else ()
-    return report(args, measured, about, split.dataset, pictures, *scored)
+    record = report(args, measured, about, split.dataset, pictures, *scored)
+    for sentence in advice(RunFolder(run_of(loaded.path)), record):
+        print(f"advice: {sentence}")
+    return record
 
 
 def score_files(args: EvaluateArgs) -> int:
@@ -381,9 +386,13 @@ def output_folder(args: EvaluateArgs, kind: str, checkpoint: Path = Path()) -> P
     """Return `--out-dir`, or a new folder in the run that the checkpoint belongs to."""
     if args.out_dir is not None:
         return Path(args.out_dir)
+    return run_of(checkpoint) / kind / time.strftime("%Y%m%d-%H%M%S")
+
+
+def run_of(checkpoint: Path) -> Path:
+    """Return the folder of the run that a checkpoint or its best weights lie in, else `runs`."""
     homes = (checkpoint.parent.parent, checkpoint.parent)
-    run = next((home for home in homes if (home / "config.yaml").is_file()), Path("runs"))
-    return run / kind / time.strftime("%Y%m%d-%H%M%S")
+    return next((home for home in homes if (home / "config.yaml").is_file()), Path("runs"))
 
 
 if __name__ == "__main__":

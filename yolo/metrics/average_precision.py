@@ -146,9 +146,10 @@ def average_precision(
 
     Returns:
         `map_50` (area under the curve), `map_50_11pt`, `map_50_95` as fractions, None without any
-        object; `best_f1` and `best_f1_confidence`, the score from which on all detections together
-        reach it, if any is right; `per_class`, by name, with `ap_50`, `ap_50_11pt`, `ap_50_95`, `objects`,
-        `difficult`, `detections`; `classes_without_objects`, which the means leave out.
+        object; `best_f1` of all detections together, with `best_f1_confidence`, the score from
+        which on they reach it, and `best_f1_precision`, if any is right; `per_class`, by name,
+        with `ap_50`, `ap_50_11pt`, `ap_50_95`, `objects`, `difficult`, `detections`;
+        `classes_without_objects`, which the means leave out.
     """
     voc = match_voc(detections, objects, strict=matching == "devkit")
     coco_detections, coco = match_coco(detections, objects)
@@ -177,7 +178,7 @@ def average_precision(
 
 
 def best_f1(detections: Detections, matches: Matches, num_objects: int) -> dict[str, float]:
-    """Return the best F1 over all classes together, and the score from which on it is reached.
+    """Return the best F1 over all classes together, where it is reached, and the precision there.
 
     Args:
         detections: by falling score.
@@ -191,7 +192,11 @@ def best_f1(detections: Detections, matches: Matches, num_objects: int) -> dict[
     f1 = 2 * right / (np.arange(1, len(right) + 1) + num_objects)
     f1[:-1][scores[:-1] == scores[1:]] = 0  # a threshold takes all of one score
     best = int(f1.argmax())
-    return {"best_f1": float(f1[best]), "best_f1_confidence": float(scores[best])}
+    return {
+        "best_f1": float(f1[best]),
+        "best_f1_confidence": float(scores[best]),
+        "best_f1_precision": float(right[best] / (best + 1)),
+    }
 
 
 def match_coco(

@@ -20,6 +20,7 @@ from yolo.config import ResolvedConfig
 from yolo.data.splits import parse_split
 from yolo.errors import UserError
 from yolo.files import replacing, write_json
+from yolo.runs.advice import advice, training_facts
 from yolo.runs.checkpoint import (
     BEST_FILE,
     FORMAT_VERSION,
@@ -239,6 +240,8 @@ class Run:
                 self.log(
                     "note: these pictures chose the best weights; on others expect a little less"
                 )
+            for sentence in advice(self.folder, record):
+                self.log(f"advice: {sentence}")
             self._mirror_copy(self.folder.results)
         self.close(MIRROR_SECONDS_AT_END)
 
@@ -257,6 +260,7 @@ class Run:
             "step": self.state.step,
             "images_seen": self.state.step * self.cfg.batch_size,
             "seed": self.cfg.seed,
+            "training": training_facts(self.task.train_set, self.cfg.resolved_test_size),
         }
         about |= {name: results[name] for name in about if name in results}
         about |= about_model(self.cfg, split, fabric.device, fabric.world_size)
