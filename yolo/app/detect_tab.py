@@ -297,7 +297,9 @@ class DetectTab:
             elem_classes="detections",
         )
         with gr.Row():
-            self.score, self.iou = threshold_sliders(self.detector.default_score, self.detector.default_iou)
+            self.score, self.iou = threshold_sliders(
+                self.detector.default_score, self.detector.default_iou
+            )
         with gr.Accordion("How the map is made", open=False):
             self._lay_out_map_settings()
         self.table = gr.Dataframe(
