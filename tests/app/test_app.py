@@ -493,7 +493,7 @@ def test_what_listens_to_others_shows_no_runs(monkeypatch: pytest.MonkeyPatch):
     shown: list[bool] = []
     monkeypatch.setattr("yolo.app.page.build_page", lambda *given: shown.append(bool(given[2])))
     monkeypatch.setattr("yolo.app.page.serve", lambda *_: None)
-    monkeypatch.setattr("yolo.app.models.load_models", lambda *_: {})
+    monkeypatch.setattr("yolo.app.models.load_models", lambda *_, **__: {})
     for flags in ([], ["--public"], ["--host", "0.0.0.0"]):
         assert app.main([*flags, "--samples", "0"]) == 0
     monkeypatch.setenv("SPACE_ID", "owner/name")
