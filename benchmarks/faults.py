@@ -42,10 +42,18 @@ def cuts(args: argparse.Namespace) -> Iterator[str]:
     yield from crashes.power_cuts(2 if args.quick else 8, args.seed)
 
 
+def weights(args: argparse.Namespace) -> Iterator[str]:
+    """Hostile weight files."""
+    import hostile
+
+    yield from hostile.run(6 if args.quick else 50, args.seed)
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[str]]] = {
     "kills": kills,
     "flips": flips,
     "cuts": cuts,
+    "weights": weights,
     "inputs": inputs,
 }
 

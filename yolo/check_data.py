@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,7 +20,7 @@ from yolo.boxes import shape_iou
 from yolo.config import ANCHOR_REFERENCE_SIZE, COCO_ANCHORS, Config, anchor_sizes
 from yolo.data.anchors import box_shapes, clustered_anchors, compare_anchors, training_boxes
 from yolo.data.class_names import named_classes
-from yolo.data.dataset import DetectionDataset, NothingUsableError
+from yolo.data.dataset import CORRUPT, DetectionDataset, NothingUsableError
 from yolo.data.samplers import SampleKey
 from yolo.data.samples import MosaicCollate, TrainSamples
 from yolo.data.sources import open_dataset
@@ -35,8 +34,6 @@ ASSIGN_BATCH = 64  # samples
 BAR = 40  # characters of the longest bar of a histogram
 # differing bits of 256: copies at another size or JPEG quality stay below, others far above
 SAME_PICTURE = 12
-# what libjpeg says of bytes lost in the middle; the image decodes all the same, in part grey
-CORRUPT = re.compile("Corrupt JPEG|Premature end of JPEG")
 SHOWN = 20  # duplicates listed; more are counted
 
 

@@ -256,6 +256,19 @@ def test_with_skip_bad_a_broken_training_image_is_replaced_deterministically(roo
     assert "skipped:" in capsys.readouterr().err
 
 
+def test_a_jpeg_that_lost_bytes_in_the_middle_is_named_in_training(root: Path, capfd):
+    path = root / "JPEGImages/good.jpg"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 200] = bytes(200)
+    path.write_bytes(content)
+    dataset = read_voc(root, "train", None)
+    samples = TrainSamples(dataset, Config(mosaic_prob=0.0), 0)
+    for _ in range(2):
+        samples[SampleKey(0, 0, 64)]
+    EvalSamples(dataset, 64)[0]
+    assert capfd.readouterr().err == f"damaged: {path}: corrupt JPEG data\n"
+
+
 def test_skip_bad_gives_up_where_everything_is_broken(root: Path):
     samples = TrainSamples(read_voc(root, "train", None), Config(skip_bad=True), 0)
     truncate(root, "good")

@@ -6,6 +6,7 @@ A source (the readers of layouts.py) only says what its files contain, as `RawAn
 
 import glob
 import hashlib
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -81,6 +82,8 @@ class RawAnnotation(NamedTuple):
     objects: list[RawBox]
 
 
+# what libjpeg says of bytes lost in the middle; the image decodes all the same, in part grey
+CORRUPT = re.compile("Corrupt JPEG|Premature end of JPEG")
 Remarks = defaultdict[str, list[str]]  # where something was not used as it stands, by what it was
 
 

@@ -8,7 +8,10 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -18,7 +21,7 @@ from torch.utils.data import Dataset, Subset, get_worker_info
 
 from yolo.boxes import letterbox
 from yolo.config import Config
-from yolo.data.dataset import Annotation, DetectionDataset
+from yolo.data.dataset import CORRUPT, Annotation, DetectionDataset
 from yolo.data.mosaic import Tile, compose, letterbox_tile, letterboxed_canvas, mosaic_tiles
 from yolo.data.samplers import SampleKey
 from yolo.data.transforms import Canvas, augment, build_transforms
@@ -27,6 +30,41 @@ from yolo.errors import UserError
 Target = dict[str, Any]
 MAX_REPLACEMENTS = 20  # of one sample; more broken files in a row are no accident
 PLAN = 1  # tells the random stream of a sample's plan from that of its augmentation
+
+
+@cache
+def _caught(process: int) -> IO[bytes]:  # not shared with a process forked later
+    return TemporaryFile()
+
+
+_named: set[Path] = set()  # in this process
+
+
+def decode_and_name(dataset: DetectionDataset, index: int, min_side: int) -> np.ndarray:
+    """Decode an image; name it once on stderr if the decoder complains, which names no file.
+
+    A JPEG that lost bytes in the middle decodes all the same, in part grey. For one thread at a time.
+    """
+    if dataset.cache is not None:
+        return dataset.image(index)
+    caught, terminal = _caught(os.getpid()), os.dup(2)
+    os.dup2(caught.fileno(), 2)
+    try:
+        return dataset.image(index, min_side)
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        if os.lseek(caught.fileno(), 0, os.SEEK_CUR):
+            caught.seek(0)
+            text = caught.read().decode(errors="replace")
+            caught.seek(0)
+            caught.truncate()
+            path = dataset.paths[index]
+            if not CORRUPT.search(text):
+                os.write(2, text.encode())
+            elif path not in _named:
+                _named.add(path)
+                print(f"damaged: {path}: corrupt JPEG data", file=sys.stderr, flush=True)
 
 
 class TrainSample(NamedTuple):
@@ -97,8 +135,10 @@ class TrainSamples(Dataset[TrainSample]):
         tiles = self.plan(key, attempt)
         annotations = [self.dataset.annotation(tile.index) for tile in tiles]
         images = [
-            self.dataset.image(
-                tile.index, math.ceil(max(annotation.height, annotation.width) * tile.scale)
+            decode_and_name(
+                self.dataset,
+                tile.index,
+                math.ceil(max(annotation.height, annotation.width) * tile.scale),
             )
             for tile, annotation in zip(tiles, annotations, strict=True)
         ]
@@ -161,7 +201,7 @@ class EvalSamples(Dataset[tuple[np.ndarray, Target]]):
         """
         annotation = self.dataset.annotation(index)
         canvas = letterboxed_canvas(
-            self.dataset.image(index, self.img_size), annotation, self.img_size
+            decode_and_name(self.dataset, index, self.img_size), annotation, self.img_size
         )
         place = letterbox(annotation.height, annotation.width, self.img_size)
         return canvas.image, {
