@@ -82,8 +82,8 @@ def run(files: int, seed: int) -> Iterator[str]:
 
 
 FILES = (
-    "Annotations/a.xml", "JPEGImages/a.jpg", "ImageSets/Main/test.txt", "ImageSets/Main/train.txt", "images/test/a.jpg",
-    "labels/test/a.txt", "data.yaml", "test/cat/a.png",
+    "Annotations/a.xml", "JPEGImages/a.jpg", "ImageSets/Main/test.txt",
+    "ImageSets/Main/train.txt", "images/test/a.jpg", "labels/test/a.txt", "data.yaml", "test/cat/a.png",
 )  # fmt: skip
 
 

@@ -38,6 +38,7 @@ DAMAGED = (
     NotImplementedError,  # a compression or an encryption that `zipfile` does not know
     RuntimeError,  # a password
     ValueError,
+    OverflowError,
     struct.error,
 )
 
