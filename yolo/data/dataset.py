@@ -9,9 +9,10 @@ import hashlib
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from io import BytesIO
 from os.path import exists
 from pathlib import Path, PurePath
@@ -22,6 +23,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from yolo.data.archives import IMAGE_SUFFIXES, is_image
+from yolo.data.processes import map_in_processes
 from yolo.errors import UserError, one_line
 from yolo.files import check_regular
 
@@ -202,6 +204,7 @@ def assemble(
     class_names: Sequence[str] | None,
     skip_bad: bool,
     follow_exif: bool = False,
+    in_processes: bool = False,
 ) -> DetectionDataset:
     """Read and check every annotation and every image header of a split.
 
@@ -212,13 +215,23 @@ def assemble(
         class_names: The classes in the order of their labels; None for those that occur, sorted.
         skip_bad: Leave out what is broken and list it in `.skipped`, instead of raising.
         follow_exif: See `read_rgb`.
+        in_processes: `read` only returns, and changes nothing: it may run on all cores.
 
     Raises:
         UserError: if the split is empty, or for the first defect.
     """
     defects = Defects(skip_bad)
     remarks: Remarks = defaultdict(list)
-    images = _checked_images(image_ids, read, defects, follow_exif, remarks)
+    every_map = map_in_processes if in_processes else map
+    images = []
+    for found in every_map(partial(_checked_image, read, follow_exif), image_ids):
+        if isinstance(found, str):
+            defects.add(found)
+            continue
+        image, remarks_on_it = found
+        images.append(image)
+        for what in remarks_on_it:
+            remarks[what].append(str(image.image))
     if class_names is None:
         class_names = sorted({thing.name for image in images for thing in image.objects})
     label_of = {class_name: label for label, class_name in enumerate(class_names)}
@@ -440,27 +453,18 @@ def _shrunk(size: tuple[int, int], shrink: int) -> tuple[int, int]:
     return (-(-size[0] // shrink), -(-size[1] // shrink))
 
 
-def _checked_images(
-    image_ids: Iterable[str],
-    read: Callable[[str], RawAnnotation],
-    defects: Defects,
-    follow_exif: bool,
-    remarks: Remarks,
-) -> list[RawAnnotation]:
-    images = []
-    for image_id in image_ids:
-        try:
-            image = read(image_id)
-            header = _header_of(image.image)
-            _check_header(image, header)
-            _check_end(image.image)
-            for what in _remarks_on(image, header, follow_exif):
-                remarks[what].append(str(image.image))
-        except UserError as error:
-            defects.add(str(error))
-        else:
-            images.append(image)
-    return images
+def _checked_image(
+    read: Callable[[str], RawAnnotation], follow_exif: bool, image_id: str
+) -> tuple[RawAnnotation, list[str]] | str:
+    """Return an annotation and what is remarkable about its image; or its defect."""
+    try:
+        image = read(image_id)
+        header = _header_of(image.image)
+        _check_header(image, header)
+        _check_end(image.image)
+        return image, list(_remarks_on(image, header, follow_exif))
+    except UserError as error:
+        return str(error)
 
 
 def _remarks_on(image: RawAnnotation, header: _Header, follow_exif: bool) -> Iterator[str]:

@@ -53,6 +53,7 @@ def read_voc(
         lambda image_id: _read_xml(xml_of[image_id], image_id),
         class_names,
         skip_bad,
+        in_processes=True,
     )
 
 

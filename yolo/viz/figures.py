@@ -1,5 +1,6 @@
 """Figures: training curves, an evaluation drawn from its `results.json`, grids of pictures."""
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from yolo.data.processes import map_in_processes
 from yolo.files import replacing
 from yolo.viz.draw import class_color
 
@@ -63,12 +65,12 @@ def evaluation_figures(results: Results) -> dict[str, np.ndarray]:
         "confusion_matrix": ("confusion_matrix", confusion_matrix),
         "reliability": ("calibration", reliability),
     }
+    names = [name for name, (key, _) in drawings.items() if results.get(key) not in (None, {})]
+    # Where torch is, there may be threads, and a fork would inherit the locks that they hold.
+    fewest = len(names) + 1 if "torch" in sys.modules else 2
     with matplotlib.rc_context(STYLE):
-        return {
-            name: _pixels(draw(results))
-            for name, (key, draw) in drawings.items()
-            if results.get(key) not in (None, {})
-        }
+        images = map_in_processes(lambda name: _pixels(drawings[name][1](results)), names, fewest)
+        return dict(zip(names, images, strict=True))
 
 
 def save_figures(figures: Mapping[str, np.ndarray], folder: Path) -> list[Path]:
