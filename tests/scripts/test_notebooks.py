@@ -56,7 +56,8 @@ def run(folder: Path, name: str, **settings: str) -> str:
     """Run a notebook; return all that its cells printed."""
     notebook = nbformat.read(folder / f"trainer/notebooks/{name}.ipynb", 4)
     environment = {**os.environ, "NOTEBOOK_TEST": "1", "CUDA_VISIBLE_DEVICES": "", **settings}
-    client = NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(folder)}})
+    places = {"metadata": {"path": str(folder)}}
+    client = NotebookClient(notebook, timeout=900, startup_timeout=300, resources=places)
     client.execute(env=environment)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     printed = "".join(output.text for output in outputs if output.output_type == "stream")
@@ -83,7 +84,8 @@ def test_own_data_goes_from_pictures_to_a_space(folder: Path) -> None:
 def test_voc_training_runs_on_a_small_devkit(folder: Path) -> None:
     write_digits(folder / "pictures", num_scenes={"train": 12, "test": 4})
     flags = f"--classes auto --train-split train --split test {SMALL}"
-    printed = run(folder, "voc_training", VOC_ROOT=str(folder / "pictures"), EXTRA=flags)
+    settings = {"VOC_ROOT": str(folder / "pictures"), "CONFIG": "configs/voc_small.yaml"}
+    printed = run(folder, "voc_training", EXTRA=flags, **settings)
     assert "class accuracy" in printed
 
 
