@@ -19,7 +19,7 @@ from yolo import cli
 from yolo.config import Config, parse_seconds
 from yolo.engine.launch import torchrun_launch
 from yolo.errors import UsageError
-from yolo.runs.folder import RunPlan, plan_run
+from yolo.runs.folder import RunFolder, RunPlan, plan_run
 
 if TYPE_CHECKING:
     import torch
@@ -152,7 +152,12 @@ def locate_run(argv: Sequence[str], config_name: str, data_root: str | None) -> 
         from yolo.runs.mirror import bring_back
 
         bring_back(mirror, config_name, out_dir)
-    return plan_run(config_name, out_dir, resume, torchrun_launch(), data_root)
+    plan = plan_run(config_name, out_dir, resume, torchrun_launch(), data_root)
+    given = cli.given(argv)
+    edited = plan.stored_config and not RunFolder(plan.stored_config.parent).read_config()[1]
+    if not edited or "replan" in given:
+        return plan
+    return replace(plan, unsure=frozenset(Config().to_dict().keys() - {"max_steps"} - given))
 
 
 def assemble(
@@ -170,7 +175,7 @@ def assemble(
     from yolo.engine.state import make_state
     from yolo.runs.mirror import Mirror
     from yolo.runs.pretrained import start_weights
-    from yolo.runs.resume import Start, open_checkpoint, resume
+    from yolo.runs.resume import Start, check_settings, open_checkpoint, resume
     from yolo.runs.run import Run, write_plan
     from yolo.tasks.build import build_task
 
@@ -182,6 +187,7 @@ def assemble(
     ):  # one process fetches
         task = build_task(config, ranks_per_node(fabric, config))
     checkpoint = open_checkpoint(plan, fabric)
+    check_settings(plan, checkpoint, config)
     if not checkpoint and not args.plan_only:
         with fabric.rank_zero_first(local=True):  # one process fetches
             for line in start_weights(task.model, config, task.class_names):

@@ -117,6 +117,12 @@ def value_of(flag: str, argv: Sequence[str]) -> str | None:
     return parser.parse_known_args(argv)[0].value
 
 
+def given(argv: Sequence[str]) -> set[str]:
+    """Return the keys that the flags of a command line set."""
+    flags = {word.partition("=")[0][2:].replace("-", "_") for word in argv if word[:2] == "--"}
+    return flags | {flag.removeprefix("no_") for flag in flags}
+
+
 def _from_yaml(args_class: type[Args], path: Path) -> Args:
     types = get_type_hints(args_class)
     values: dict[str, Any] = {}

@@ -1,5 +1,6 @@
 """The records of a run: every step once, however often the run was interrupted."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,29 @@ def test_a_test_that_will_be_repeated_is_cut_too(
     Logbook(tmp_path, step=4, evaluation_due=evaluation_due).close()
     assert steps_of(tmp_path, "train") == [2, 4]
     assert steps_of(tmp_path, "evaluation") == kept
+
+
+def test_a_broken_line_costs_itself_only(tmp_path: Path) -> None:
+    write(Logbook(tmp_path), 1, 2, 3, 4)
+    file = tmp_path / "metrics.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    lines[1] = b'{"kind": "train", "st\xff\0\n'
+    lines.insert(3, b"[1]\n\n{}\n" + b"\0" * 20 + b"\n")
+    file.write_bytes(b"".join(lines))
+    assert steps_of(tmp_path, "train") == [1, 3, 4]
+    write(Logbook(tmp_path, step=4), 5)
+    assert steps_of(tmp_path, "train") == [1, 3, 4, 5]
+
+
+def test_the_records_are_on_the_disk_before_a_checkpoint_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logbook, synced = Logbook(tmp_path), []
+    monkeypatch.setattr("os.fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    logbook.record("train", 1, {})
+    logbook.flush()
+    assert logbook.path.stat().st_ino in synced
+    logbook.close()
 
 
 def test_a_line_that_a_crash_cut_short_is_left_out(tmp_path: Path) -> None:

@@ -15,15 +15,25 @@ import torch
 from filelock import FileLock
 from launching import train
 
+import train as script
 from yolo.engine.stopping import SAME_SIGNAL
+from yolo.errors import UserError
 from yolo.runs import checkpoint, resume
-from yolo.runs.checkpoint import content_digest, load_checkpoint, save_checkpoint
+from yolo.runs.checkpoint import (
+    content_digest,
+    load_checkpoint,
+    resolve_checkpoint,
+    save_checkpoint,
+)
 from yolo.runs.folder import RunFolder, RunPlan, list_checkpoints
 from yolo.runs.logbook import TIMINGS, read_metrics
 from yolo.schedule import read_schedule
 
 STEPS = 12  # 24 images in batches of 4, two epochs
-EXACT = ("model", "ema", "optimizer", "scaler", "step", "epoch", "batch", "best_score", "loss_sums")
+EXACT = (
+    "model", "ema", "optimizer", "scaler", "step", "epoch", "batch", "best_score", "best",
+    "loss_sums", "rng",
+)  # fmt: skip
 
 Hook = Callable[[], None] | None
 
@@ -392,6 +402,65 @@ def test_a_run_folder_is_not_overwritten_by_accident(stopped: Trainer) -> None:
     assert "--resume auto" in stopped.error()
 
 
+def edit_config(path: Path, old: str, new: str) -> None:
+    file = path / "config.yaml"
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
+
+
+def test_an_edited_configuration_names_its_keys_and_both_ways_out(
+    stopped: Trainer, uninterrupted: Trainer
+) -> None:
+    edit_config(stopped.run_dir, "aug_blur: 0.05", "aug_blur: 0.25")
+    assert stopped("--resume", "auto") == 1
+    assert (
+        "config.yaml: was changed after it was written (aug_blur 0.05 -> 0.25)" in stopped.error()
+    )
+    assert "--replan" in stopped.error()
+    assert stopped("--resume", "auto", "--max-steps", "6", "--replan") == 0, stopped.output
+    assert load_checkpoint(stopped.checkpoints[-1])["config"]["aug_blur"] == 0.25
+    assert stopped("--resume", "auto", "--aug-blur", "0.05") == 0, "it is the run's own again"
+
+
+def test_an_edited_configuration_goes_on_where_flags_or_the_checkpoint_agree(
+    stopped: Trainer, uninterrupted: Trainer
+) -> None:
+    edit_config(stopped.run_dir, "aug_blur: 0.05", "aug_blur: 0.25\n# a remark")
+    assert stopped("--resume", "auto", "--aug-blur", "0.05") == 0, stopped.output
+    assert_same_end(stopped, uninterrupted)
+
+
+def test_a_flipped_bit_of_the_configuration_is_seen_or_without_effect(stopped: Trainer) -> None:
+    folder, rng = RunFolder(stopped.run_dir), random.Random(0)
+    newest = checkpoint.Checkpoint(
+        stopped.checkpoints[-1], load_checkpoint(stopped.checkpoints[-1])
+    )
+    whole = folder.config.read_bytes()
+    argv = ["--resume", str(stopped.run_dir)]
+    before = script.parse_args(argv, folder.config, "", None)
+    for _ in range(100):
+        content = bytearray(whole)
+        content[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        folder.config.write_bytes(content)
+        try:
+            plan = script.locate_run(argv, "tiny")
+            args = script.parse_args(argv, plan.stored_config, "", None)
+            resume.check_settings(plan, newest, args)
+        except UserError:
+            continue
+        assert args == before
+
+
+def test_a_training_that_found_the_folder_in_use_looks_again(
+    trainer: Trainer, tiny_config: Path
+) -> None:
+    """Both start afresh; the second gets the lock when the first has ended."""
+    assert trainer(hook=partial(faults.train_first, "--max-steps", "3")) == 1
+    assert "another training wrote here while this one started" in trainer.error()
+    assert trainer.steps[-1] == 3
+    assert [line["step"] for line in trainer.metrics() if line["kind"] == "train"] == [2, 3]
+
+
 def test_two_trainings_in_one_folder_are_refused(stopped: Trainer) -> None:
     with FileLock(stopped.run_dir / ".lock"):
         before = {path: path.read_bytes() for path in stopped.run_dir.rglob("*") if path.is_file()}
@@ -434,6 +503,33 @@ def test_the_optimizer_follows_the_flags_of_the_later_start(stopped: Trainer) ->
     assert "weight_decay: 0.1" in (stopped.run_dir / "config.yaml").read_text(), (
         "and of all starts after it"
     )
+
+
+@pytest.mark.parametrize("content", ["", "epoch000-step000003-lr", None, "\xff\n"])
+def test_the_best_is_kept_whatever_best_txt_says(trainer: Trainer, content: str | None) -> None:
+    best = faults.best_in_the_second_test
+    flags = ("--save-every", "2", "--epochs", "4", "--keep", "1")
+    assert trainer(*flags, "--max-steps", "12", hook=best) == 0, trainer.output
+    file = trainer.run_dir / "checkpoints" / "best.txt"
+    name = file.read_text().strip()
+    if content is None:
+        file.unlink()
+    else:
+        file.write_bytes(content.encode("latin-1"))
+    assert trainer(*flags, "--resume", "auto", hook=faults.no_best_any_more) == 0, trainer.output
+    assert "step000012" in name
+    assert resolve_checkpoint(trainer.run_dir).name == name
+    assert trainer.steps == [12, 24]
+
+
+def test_a_test_that_makes_a_saved_step_the_best_is_written_down(trainer: Trainer) -> None:
+    stop = partial(faults.signal_after_step, STEPS, signal.SIGTERM)
+    assert trainer("--save-every", "10m", hook=stop) == 143
+    assert load_checkpoint(trainer.checkpoints[-1])["evaluation_due"]
+    assert trainer("--resume", "auto") == 0, trainer.output
+    assert load_checkpoint(trainer.checkpoints[-1])["best"] in [
+        path.name for path in trainer.checkpoints
+    ]
 
 
 def test_keep_prunes_all_but_the_newest_and_the_best(trainer: Trainer) -> None:

@@ -175,9 +175,25 @@ def set_aside(folder: Path, step: int) -> list[Path]:
 
 
 def read_best(folder: Path) -> Path | None:
-    """Return the checkpoint that `best.txt` names, if there is one."""
+    """Return the best checkpoint so far, as the newest that can be read names it; None without one.
+
+    `best.txt` is for people, and for the checkpoints of earlier versions, which do not know it.
+    """
+    for path in reversed(list_checkpoints(folder)):
+        try:  # mapped: no tensor is read
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            name = content["best"] if "best" in content else marked_best(folder)
+            return folder / name if name and (folder / name).exists() else None
+        except Exception:  # on damaged bytes torch raises all sorts
+            continue
+    return None
+
+
+def marked_best(folder: Path) -> str | None:
+    """Return the checkpoint that `best.txt` names, if it names one that is there."""
     file = folder / BEST_FILE
-    return folder / file.read_text().strip() if file.exists() else None
+    name = file.read_text(errors="replace").strip() if file.exists() else ""
+    return name if folder / name in list_checkpoints(folder) else None
 
 
 def save_weights(
@@ -382,10 +398,13 @@ class CheckpointWriter:
             return step % self.every_steps == 0
         return time.monotonic() - self.last_time >= (self.every_seconds or 0)
 
-    def save(self, content: Mapping[str, Any]) -> Path:
-        """Save `content` (with `epoch`, `step`, `lr`) unless this step is saved already; return the path."""
+    def save(self, content: Mapping[str, Any], *, anew: bool = False) -> Path:
+        """Save `content` (with `epoch`, `step`, `lr`) and return the path.
+
+        A step that is saved already is left as it is, unless it is to be written `anew`.
+        """
         path = self.folder / checkpoint_name(content["epoch"], content["step"], content["lr"])
-        if not path.exists():
+        if anew or not path.exists():
             save_checkpoint(path, content)
         self.last_time = time.monotonic()
         return path

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,11 @@ class RunFolder:
         first, _, text = read_text(self.config).partition("\n")
         intact = not first.startswith(_DIGEST) or first == _digest_line(text)
         return read_yaml(self.config), intact
+
+    def state(self) -> tuple[tuple[str, int], ...]:
+        """Return names and sizes of what a training writes here: they tell whether one has been at work."""
+        files = [self.config, self.metrics, *list_checkpoints(self.checkpoints)]
+        return tuple((file.name, file.stat().st_size) for file in files if file.exists())
 
     def lock(self) -> BaseFileLock | None:
         """Keep other trainings out until this process ends, however it ends.
@@ -143,6 +148,12 @@ class RunPlan:
     checkpoint: Path | None = None  # named by `--resume`; None: the newest intact one of the folder
     launch: Launch | None = None
     config_name: str = ""  # stem of the configuration file
+    unsure: frozenset[str] = frozenset()  # keys of a stored configuration that somebody changed
+    seen: tuple[tuple[str, int], ...] = field(init=False)  # what lay in the folder
+
+    def __post_init__(self) -> None:
+        """Look into the folder."""
+        object.__setattr__(self, "seen", self.folder.state())
 
     @property
     def stored_config(self) -> Path | None:

@@ -1,6 +1,7 @@
 """What a run writes while it learns: `metrics.jsonl`, TensorBoard events, a bar or lines."""
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,8 +58,9 @@ class Logbook:
         self.tensorboard.add_image(name, image, step, dataformats="HWC")
 
     def flush(self) -> None:
-        """Write what is still buffered, so that a checkpoint never knows more than the records."""
+        """Put what was recorded on the disk, so that a checkpoint never knows more than the records."""
         self._file.flush()
+        os.fsync(self._file.fileno())
         self.tensorboard.flush()
 
     def close(self) -> None:
@@ -95,13 +97,15 @@ class Progress:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a `metrics.jsonl`; a last line that a crash cut short is left out."""
+    """Return the lines of a `metrics.jsonl`; what is no whole line is left out, and nothing else."""
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for text in path.read_bytes().split(b"\n") if path.exists() else []:
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            line = json.loads(text)
+            if isinstance(line["kind"], str) and isinstance(line["step"], int):
+                lines.append(line)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue
     return lines
 
 

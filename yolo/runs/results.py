@@ -59,7 +59,7 @@ def write_results(folder: RunFolder, record: Mapping[str, Any], seconds: float) 
     write_json(folder.results, record)
     lines = read_metrics(folder.metrics)
     plot_curves(lines, folder.plots / "curves.png")
-    speeds = [line["images_per_second"] for line in lines if line["kind"] == "train"]
+    speeds = [line["images_per_second"] for line in lines if "images_per_second" in line]
     rows = [
         ("data", record["data"]),
         ("images seen", record["images_seen"]),

@@ -9,7 +9,7 @@ import torch
 
 from yolo.config import Config
 from yolo.errors import UserError
-from yolo.runs.checkpoint import Checkpoint, find_newest, load_checkpoint
+from yolo.runs.checkpoint import Checkpoint, find_newest, load_checkpoint, marked_best
 from yolo.runs.folder import RunFolder, RunPlan
 from yolo.schedule import Schedule, check_resume, differences, read_schedule, replan
 from yolo.tasks.base import Task
@@ -22,6 +22,7 @@ class Start:
     schedule: Schedule
     checkpoint: Path | None = None  # that it continues; None: from the first step
     schedule_is_stored: bool = False  # in the run's folder
+    best: str | None = None  # name of the best checkpoint so far
 
 
 def open_checkpoint(plan: RunPlan, fabric: Any) -> Checkpoint | None:
@@ -43,6 +44,34 @@ def open_checkpoint(plan: RunPlan, fabric: Any) -> Checkpoint | None:
             fabric.print(f"nothing to resume in {plan.folder.path}: starting fresh")
             return None
     return newest or Checkpoint(path, load_checkpoint(path))
+
+
+def check_settings(plan: RunPlan, checkpoint: Checkpoint | None, config: Config) -> None:
+    """Refuse a run's `config.yaml` that was changed after it was written, where that has an effect.
+
+    Args:
+        plan: with the keys of that file which no flag replaces, if it was changed.
+        checkpoint: of the run, which says what it was trained with.
+        config: of this start.
+
+    Raises:
+        UserError: with the keys that changed, and the ways out.
+    """
+    if not plan.unsure:
+        return
+    file = f"{plan.stored_config}: was changed after it was written"
+    if checkpoint is None:
+        raise UserError(
+            f"{file}, and there is no checkpoint to compare it with: --replan takes it as it is, or "
+            "start in another --out-dir"
+        )
+    trained = Config.from_dict(checkpoint.content["config"])
+    pairs = ((name, getattr(trained, name), getattr(config, name)) for name in sorted(plan.unsure))
+    if changed := [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]:
+        raise UserError(
+            f"{file} ({', '.join(changed)}): undo that, or give the new value as a flag, or --replan "
+            "to take over the file as it is"
+        )
 
 
 def resume(
@@ -90,7 +119,8 @@ def resume(
             " differ in the last bits (--threads fixes their number)"
         )
     log(f"resumed from {path}: epoch {state.epoch}, step {state.step} of {len(schedule)}")
-    return Start(schedule, path, is_stored)
+    best = content["best"] if "best" in content else marked_best(path.parent)
+    return Start(schedule, path, is_stored, best)
 
 
 def _check_same(checkpoint: Checkpoint, task: Task) -> None:

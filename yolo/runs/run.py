@@ -30,7 +30,7 @@ from yolo.runs.checkpoint import (
     save_weights,
     set_aside,
 )
-from yolo.runs.folder import RunPlan, note_run
+from yolo.runs.folder import RunPlan, checkpoint_name, note_run
 from yolo.runs.logbook import Logbook, summary_lines, test_line
 from yolo.runs.mirror import Mirror
 from yolo.runs.results import about_model, result_record, write_results
@@ -80,6 +80,7 @@ class Run:
         self.log = log
         self.mirror = mirror
         self.last_checkpoint = start.checkpoint
+        self.best = start.best
         self.logbook: Logbook | None = None
         self.checkpoints: CheckpointWriter | None = None
         self.best_pending = False
@@ -100,6 +101,11 @@ class Run:
         folder, resumed = self.folder, self.start.checkpoint is not None
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
         self.lock = folder.lock()
+        if folder.state() != self.plan.seen:  # it was read before the lock was ours
+            raise UserError(
+                f"{folder.path}: another training wrote here while this one started; start again, with "
+                "--resume auto to go on from there"
+            )
         if self.plan.launch:
             self.plan.launch.mark(folder)
         if self.plan.config_name:
@@ -211,6 +217,9 @@ class Run:
         copied = tree_map_only(
             torch.Tensor, lambda value: value.detach().to("cpu", copy=True), content
         )
+        if self.best_pending:
+            self.best = checkpoint_name(content["epoch"], content["step"], content["lr"])
+        copied["best"] = self.best
         self.saving = self.writer.submit(self._write, self.checkpoints, copied, self.best_pending)
         self.checkpoints.last_time, self.best_pending = time.monotonic(), False
 
@@ -281,7 +290,7 @@ class Run:
             self.lock.release()
 
     def _write(self, checkpoints: CheckpointWriter, content: dict[str, Any], is_best: bool) -> None:
-        path = checkpoints.save(content)
+        path = checkpoints.save(content, anew=is_best)
         if is_best:
             checkpoints.mark_best(path)
         self.last_checkpoint = path
