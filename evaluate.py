@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 from yolo import cli
 from yolo.config import Config, HardwareConfig
 from yolo.errors import UsageError, UserError
+from yolo.files import free_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T", bound=Config)
+# what makes a folder one of results, of evaluate.py or a run
+WRITTEN = ("results.json", "plots", "predictions.json", "predictions.jsonl", "pictures")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,6 +256,7 @@ def measure(
     found = getattr(metrics, "detections", None)
     if args.write_detections and found:
         folder = Path(args.write_detections)
+        folder = free_path(folder) if [*folder.glob("comp*_det_*.txt")] else folder
         name = re.sub(r"[^\w-]+", "-", cfg.split.split(":")[-1]).strip("-") or "all"
         write_detections(folder, found.detections(), split.dataset, name)
     pictures: dict[str, np.ndarray] = {}
@@ -383,10 +387,14 @@ def predict_film(
 
 
 def output_folder(args: EvaluateArgs, kind: str, checkpoint: Path = Path()) -> Path:
-    """Return `--out-dir`, or a new folder in the run that the checkpoint belongs to."""
+    """Return `--out-dir`, or a new folder in the run that the checkpoint belongs to.
+
+    Where results, plots or predictions lie already, the folder gets a number.
+    """
     if args.out_dir is not None:
-        return Path(args.out_dir)
-    return run_of(checkpoint) / kind / time.strftime("%Y%m%d-%H%M%S")
+        folder = Path(args.out_dir)
+        return free_path(folder) if any((folder / name).exists() for name in WRITTEN) else folder
+    return free_path(run_of(checkpoint) / kind / time.strftime("%Y%m%d-%H%M%S"))
 
 
 def run_of(checkpoint: Path) -> Path:

@@ -19,7 +19,7 @@ import tyro
 from yolo import cli
 from yolo.config import Floats
 from yolo.errors import UsageError, UserError
-from yolo.files import write_json
+from yolo.files import free_path, write_json
 
 if TYPE_CHECKING:
     from yolo.explain.cam import CamSettings
@@ -162,7 +162,7 @@ def cam_settings(args: GradcamArgs, loaded: "LoadedWeights") -> "tuple[CamSettin
 
 
 def output_paths(output: str | None, pictures: Sequence[Path]) -> list[Path]:
-    """Return where the PNG of each picture goes.
+    """Return where the PNG of each picture goes: nowhere that something lies already.
 
     Raises:
         UsageError: if the output of one picture is no PNG, or that of several is a file.
@@ -171,12 +171,14 @@ def output_paths(output: str | None, pictures: Sequence[Path]) -> list[Path]:
         path = Path(output or "gradcam.png")
         if path.suffix.lower() != ".png":
             raise UsageError(f"--output {path}: must end in .png, or be a folder that exists")
-        return [path]
+        return [free_path(path)]
     folder = Path(output or "gradcam")
     if folder.is_file() or folder.suffix.lower() == ".png":
         raise UsageError(f"--output {folder}: must be a folder, there are {len(pictures)} pictures")
-    # with the old suffix, for a.jpg and a.png may be in one folder
-    return [folder / f"{picture.name}.png" for picture in pictures]
+    paths: list[Path] = []
+    for picture in pictures:  # with the old suffix, for a.jpg and a.png may be in one folder
+        paths.append(free_path(folder / f"{picture.name}.png", taken=paths))
+    return paths
 
 
 def evaluate(args: GradcamArgs, loaded: "LoadedWeights") -> int:
@@ -223,7 +225,7 @@ def evaluate(args: GradcamArgs, loaded: "LoadedWeights") -> int:
         "hardware": hardware(next(loaded.model.parameters()).device),
         **provenance(),
     }
-    path = Path(args.output or "gradcam") / "explanations.json"
+    path = free_path(Path(args.output or "gradcam") / "explanations.json")
     write_json(path, content)
     print(
         f"{explained} correct predictions in {len(images)} images of {test.dataset.name} -> {path}"

@@ -25,6 +25,7 @@ from yolo.data.samplers import SampleKey
 from yolo.data.samples import MosaicCollate, TrainSamples
 from yolo.data.sources import open_dataset
 from yolo.errors import UsageError, UserError
+from yolo.files import free_path
 from yolo.losses import assign_targets
 from yolo.models.yolov3 import STRIDES, make_anchors
 from yolo.viz.draw import draw_boxes
@@ -119,7 +120,7 @@ def contact_sheet(dataset: DetectionDataset, cfg: Config) -> np.ndarray:
 def write_sheet(sheet: np.ndarray, out_dir: Path) -> Path:
     """Write a contact sheet as PNG and for TensorBoard (step 0), and return the path of the PNG."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    path = out_dir / "data_samples.png"
+    path = free_path(out_dir / "data_samples.png")
     cv2.imwrite(str(path), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
     with SummaryWriter(str(out_dir)) as events:
         events.add_image("data/augmented samples", sheet, 0, dataformats="HWC")

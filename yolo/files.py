@@ -4,8 +4,9 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,24 @@ def write_json(path: Path, content: Any) -> None:
     """Write plain types as JSON: whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1))
+
+
+def free_path(
+    wanted: Path, log: Callable[[str], None] = print, taken: Collection[Path] = ()
+) -> Path:
+    """Return `wanted`, or the first of `NAME-2.SUFFIX`, `NAME-3.SUFFIX` ... that is free, and `log` that.
+
+    Args:
+        wanted: a file or folder to be written, which shall replace nothing.
+        log: prints a line for the person.
+        taken: further paths that are not free.
+    """
+    numbered = (wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}") for number in count(2))
+    paths = chain([wanted], numbered)
+    path = next(path for path in paths if path not in taken and not path.exists())
+    if path != wanted:
+        log(f"note: {wanted} is there already: written to {path}")
+    return path
 
 
 def flush_to_disk(path: Path) -> None:

@@ -160,6 +160,16 @@ def test_safetensors_are_read_back_with_everything(tmp_path: Path) -> None:
     assert len(modes) == 1, "a web server or a colleague cannot read it"
 
 
+def test_an_export_leaves_the_file_that_is_there(
+    classifier: LoadedWeights, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_text("somebody's")
+    assert "model-2.safetensors" in export(classifier, path)
+    assert path.read_text() == "somebody's" and load_weights(tmp_path / "model-2.safetensors")
+    assert "is there already: written to" in capsys.readouterr().out
+
+
 def test_weights_for_others_do_not_tell_where_the_data_lay(tmp_path: Path) -> None:
     config = Config(
         width=0.03125, dataset="voc", data_root="/home/me/VOCdevkit/", init_weights="/home/me/x.pt"

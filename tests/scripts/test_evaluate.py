@@ -335,6 +335,33 @@ def test_calibrating_writes_a_new_weight_file_that_is_used_like_any_other(
         evaluate.main([*words, str(tmp_path / "third"), "--calibrate"])
 
 
+def test_results_predictions_and_detections_are_never_written_over(
+    weights: Path, tiny_digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        picture = next((tiny_digits / "JPEGImages").iterdir())
+        (tmp_path / folder / f"1{picture.suffix}").write_bytes(picture.read_bytes())
+    images, out = str(tmp_path / "*" / "1.*"), tmp_path / "out"
+    words = ["--checkpoint", str(weights), "--images", images, "--out-dir", str(out), *CPU]
+    assert evaluate.main(words) == 0
+    printed = capsys.readouterr().out
+    assert "another picture has this name: written as 1-2" in printed
+    assert len(list((out / "pictures").iterdir())) == 2
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert evaluate.main(words) == 0
+    assert f"{out} is there already: written to {out}-2" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert (tmp_path / "out-2" / "predictions.json").exists()
+    files = tmp_path / "files"
+    files.mkdir()
+    (files / "comp4_det_test_0.txt").write_text("somebody's\n")
+    words = ["--checkpoint", str(weights), "--out-dir", str(tmp_path / "r"), *CPU]
+    assert evaluate.main([*words, "--write-detections", str(files)]) == 0
+    assert (files / "comp4_det_test_0.txt").read_text() == "somebody's\n"
+    assert (tmp_path / "files-2" / "comp4_det_test_0.txt").exists()
+
+
 def test_flip_averages_a_picture_and_its_mirror_image_and_says_so(
     weights: Path, tmp_path: Path
 ) -> None:

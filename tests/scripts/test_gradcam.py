@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -86,6 +87,21 @@ def test_a_folder_becomes_a_folder(detector, pictures, tmp_path):
         "a.png.png",
         "b.png.png",
     ]
+
+
+def test_nothing_is_written_over_and_that_is_said(
+    detector, pictures, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.jpg").write_bytes(next(pictures.glob("*.jpg")).read_bytes())
+    found = gradcam.output_paths(None, [Path("a/1.jpg"), Path("b/1.jpg")])
+    assert found == [Path("gradcam/1.jpg.png"), Path("gradcam/1.jpg-2.png")]
+    assert "1.jpg.png is there already: written to gradcam/1.jpg-2.png" in capsys.readouterr().out
+    for name in ("gradcam.png", "gradcam-2.png"):
+        assert gradcam.output_paths(None, [Path("a/1.jpg")]) == [Path(name)]
+        Path(name).write_bytes(b"somebody's")
 
 
 def test_a_glob_names_its_pictures(pictures):

@@ -29,7 +29,7 @@ from yolo.data.dataset import Annotation, DetectionDataset
 from yolo.data.digits import write_digits
 from yolo.data.sources import open_dataset
 from yolo.data.voc import read_voc
-from yolo.files import write_json
+from yolo.files import free_path, write_json
 from yolo.metrics.classification import ClassificationMetrics
 from yolo.metrics.report import SHOWN_SCORE
 from yolo.runs.checkpoint import LoadedWeights
@@ -200,10 +200,11 @@ def _open_scenes(
 
 def _write_scene(folder: Path, scenes: DetectionDataset, index: int) -> Sample:
     annotation, path = scenes.annotation(index), scenes.paths[index]
-    _write_picture(path, scenes.image(index), folder)
+    target = free_path(folder / path.name, lambda _: None)  # two folders may hold the same name
+    _write_picture(path, scenes.image(index), target)
     return Sample(
-        file=path.name,
-        thumbnail=_write_thumbnail(folder, path.stem, scenes.image(index)),
+        file=target.name,
+        thumbnail=_write_thumbnail(folder, target.name, scenes.image(index)),
         name=scenes.image_ids[index],
         boxes=annotation.boxes.tolist(),
         labels=annotation.labels.tolist(),
@@ -214,13 +215,13 @@ def _write_scene(folder: Path, scenes: DetectionDataset, index: int) -> Sample:
     )
 
 
-def _write_picture(path: Path, pixels: np.ndarray, folder: Path) -> None:
+def _write_picture(path: Path, pixels: np.ndarray, target: Path) -> None:
     """Copy a picture; one with EXIF is written anew, as its boxes lie, without place and camera."""
     with Image.open(path) as picture:
         if not picture.getexif():
-            shutil.copyfile(path, folder / path.name)
+            shutil.copyfile(path, target)
         else:
-            Image.fromarray(pixels).save(folder / path.name, quality=95)
+            Image.fromarray(pixels).save(target, quality=95)
 
 
 def _write_image(folder: Path, images: ImageDataset, index: int) -> Sample:

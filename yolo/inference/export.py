@@ -24,7 +24,7 @@ from yolo.data.dataset import read_rgb
 from yolo.data.images import letterboxed
 from yolo.data.transforms import FILL
 from yolo.errors import UsageError, UserError
-from yolo.files import bundled, replacing
+from yolo.files import bundled, free_path, replacing
 from yolo.inference.fast import fuse
 from yolo.models.yolov3 import MERGE_IOU, STRIDES, decode
 from yolo.runs.checkpoint import LoadedWeights, publish_weights
@@ -92,6 +92,8 @@ class ExportedClassifier(nn.Module):
 def export(loaded: LoadedWeights, path: Path, nms: bool = False) -> str:
     """Write a trained network as `.onnx` or `.safetensors`, whole or not at all; describe it.
 
+    A file that is there stays: the new one gets a number.
+
     Args:
         loaded: the network; its configuration and `confidence` are the thresholds of `nms`.
         path: the file.
@@ -106,6 +108,7 @@ def export(loaded: LoadedWeights, path: Path, nms: bool = False) -> str:
     if nms and (path.suffix != ".onnx" or loaded.anchors is None):
         raise UsageError(f"--export {path} --nms: only an ONNX detector has suppression inside")
     try:
+        path = free_path(path) if path.is_file() else path
         return (
             export_onnx(loaded, path, nms)
             if path.suffix == ".onnx"

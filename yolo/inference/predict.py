@@ -230,6 +230,9 @@ def predict_files(
     """
     answers: list[dict[str, Any]] = []
     names = dict(zip(paths, picture_names(paths), strict=True))
+    for path, name in names.items():
+        if name != path.stem:
+            log(f"note: {path}: another picture has this name: written as {name}")
     starts = range(0, len(paths), BATCH)
     for start in tqdm(starts, "predict", unit="batch", leave=False, disable=None):
         pictures = _read_pictures(paths[start : start + BATCH], log)
