@@ -5,7 +5,6 @@ import fcntl
 import os
 import resource
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 import torch
 
-import train
 from yolo import files
 from yolo.engine import loop, tuning
 from yolo.runs import checkpoint, folder
@@ -154,27 +152,6 @@ def limit_file_size(num_bytes: int) -> None:
 def shorten_range_test(steps: int) -> None:
     """Let `--find-lr` take fewer steps."""
     tuning.RANGE_STEPS = steps
-
-
-def train_first(*flags: str) -> None:
-    """Let another training start and end in the folder while this one waits for its lock."""
-    lock = folder.RunFolder.lock
-
-    def train_then_lock(self: folder.RunFolder) -> Any:
-        folder.RunFolder.lock = lock  # type: ignore[method-assign]
-        child = os.fork()
-        if child == 0:
-            sys.argv[1:] += flags
-            os._exit(train.main(sys.argv[1:]))
-        assert os.waitpid(child, 0)[1] == 0
-        return lock(self)
-
-    folder.RunFolder.lock = train_then_lock  # type: ignore[method-assign]
-
-
-def no_best_any_more() -> None:
-    """Let each test score worse than all before."""
-    DetectionTask.score = staticmethod(lambda results: -2.0)  # type: ignore[assignment]
 
 
 def best_in_the_second_test() -> None:

@@ -28,6 +28,7 @@ from yolo.runs.checkpoint import (
 from yolo.runs.folder import RunFolder, RunPlan, list_checkpoints
 from yolo.runs.logbook import TIMINGS, read_metrics
 from yolo.schedule import read_schedule
+from yolo.tasks.detection import DetectionTask
 
 STEPS = 12  # 24 images in batches of 4, two epochs
 EXACT = (
@@ -451,14 +452,36 @@ def test_a_flipped_bit_of_the_configuration_is_seen_or_without_effect(stopped: T
         assert args == before
 
 
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Trains here, without pictures."""
+    monkeypatch.setattr("yolo.runs.run.plot_schedule", lambda *arguments: None)
+    monkeypatch.setattr("yolo.runs.results.plot_curves", lambda *arguments: None)
+    return lambda *flags: script.main([str(flag) for flag in flags])
+
+
 def test_a_training_that_found_the_folder_in_use_looks_again(
-    trainer: Trainer, tiny_config: Path
+    in_process: Callable[..., int],
+    tiny_config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Both start afresh; the second gets the lock when the first has ended."""
-    assert trainer(hook=partial(faults.train_first, "--max-steps", "3")) == 1
-    assert "another training wrote here while this one started" in trainer.error()
-    assert trainer.steps[-1] == 3
-    assert [line["step"] for line in trainer.metrics() if line["kind"] == "train"] == [2, 3]
+    flags = ("--config", tiny_config, "--out-dir", tmp_path / "run")
+    lock = RunFolder.lock
+
+    def let_another_train(self: RunFolder) -> Any:
+        monkeypatch.setattr(RunFolder, "lock", lock)
+        assert in_process(*flags, "--max-steps", "3") == 0
+        return lock(self)
+
+    monkeypatch.setattr(RunFolder, "lock", let_another_train)
+    with pytest.raises(UserError, match="another training wrote here while this one started"):
+        in_process(*flags)
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [2, 3]
+    [saved] = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert "step000003" in saved.name
 
 
 def test_two_trainings_in_one_folder_are_refused(stopped: Trainer) -> None:
@@ -505,21 +528,28 @@ def test_the_optimizer_follows_the_flags_of_the_later_start(stopped: Trainer) ->
     )
 
 
-@pytest.mark.parametrize("content", ["", "epoch000-step000003-lr", None, "\xff\n"])
-def test_the_best_is_kept_whatever_best_txt_says(trainer: Trainer, content: str | None) -> None:
-    best = faults.best_in_the_second_test
-    flags = ("--save-every", "2", "--epochs", "4", "--keep", "1")
-    assert trainer(*flags, "--max-steps", "12", hook=best) == 0, trainer.output
-    file = trainer.run_dir / "checkpoints" / "best.txt"
+@pytest.mark.parametrize("content", [None, b"\xff\n"])
+def test_the_best_is_kept_whatever_best_txt_says(
+    in_process: Callable[..., int],
+    tiny_config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    content: bytes | None,
+) -> None:
+    scores = iter([0.5, 0.9, 0.4, 0.3, 0.2])  # of the third test a second time: it ended the start
+    monkeypatch.setattr(DetectionTask, "score", staticmethod(lambda results: next(scores)))
+    run = RunFolder(tmp_path / "run")
+    flags = ("--config", tiny_config, "--out-dir", run.path, "--epochs", "4", "--keep", "1")
+    assert in_process(*flags, "--max-steps", "14") == 0
+    file = run.checkpoints / "best.txt"
     name = file.read_text().strip()
-    if content is None:
-        file.unlink()
-    else:
-        file.write_bytes(content.encode("latin-1"))
-    assert trainer(*flags, "--resume", "auto", hook=faults.no_best_any_more) == 0, trainer.output
-    assert "step000012" in name
-    assert resolve_checkpoint(trainer.run_dir).name == name
-    assert trainer.steps == [12, 24]
+    file.unlink() if content is None else file.write_bytes(content)
+    assert in_process(*flags, "--resume", "auto") == 0
+    assert [path.name.split("-")[1] for path in list_checkpoints(run.checkpoints)] == [
+        "step000012",
+        "step000024",
+    ]
+    assert "step000012" in name and resolve_checkpoint(run.path).name == name
 
 
 def test_a_test_that_makes_a_saved_step_the_best_is_written_down(trainer: Trainer) -> None:
