@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -75,6 +76,16 @@ def outcome(run: Path) -> tuple[str, list[dict[str, Any]]]:
     return content_digest({name: content[name] for name in SAME}), kept
 
 
+def difference(code: int | None, run: Path, trial: Trial) -> str:
+    """Return how a training that was gone on with differs from the whole one; nothing if it does not."""
+    if code:
+        return f"exit code {code}: {run.with_suffix('.log').read_text()[-300:]}"
+    (weights, lines), (whole_weights, whole_lines) = outcome(run), trial.end
+    pairs = zip_longest(lines, whole_lines)
+    first = next((f"line {i}: {a} and not {b}" for i, (a, b) in enumerate(pairs) if a != b), "")
+    return first or ("" if weights == whole_weights else "other weights")
+
+
 def kills(chains: int, seed: int) -> Iterator[str]:
     """Yield how many chains of killed starts end as the training that nobody killed."""
     same, killed = 0, 0
@@ -85,9 +96,10 @@ def kills(chains: int, seed: int) -> Iterator[str]:
             for _ in range(rng.randrange(1, 5)):
                 killed += trial.train(run, rng.uniform(0, 1.1 * trial.seconds)) == -signal.SIGKILL
             code = trial.train(run)
-            same += code == 0 and outcome(run) == trial.end
-            if code or outcome(run) != trial.end:
-                yield f"chain {chain} differs: {run.with_suffix('.log').read_text()[-500:]}"
+            found = difference(code, run, trial)
+            same += not found
+            if found:
+                yield f"chain {chain}: {found}"
             shutil.rmtree(run)
     yield "| `kill -9` at random times | chains | kills | end bit-identical |\n|---|---|---|---|"
     yield f"| a training of 18 steps, gone on with `--resume auto` | {chains} | {killed} | {same} |"
@@ -245,9 +257,10 @@ def power_cuts(cuts: int, seed: int) -> Iterator[str]:
                 path.write_bytes(content)
             whole += _has_whole_records(run, trial)
             code = trial.train(run)
-            same += code == 0 and outcome(run) == trial.end
-            if code or outcome(run) != trial.end:
-                yield f"cut {number} differs: {run.with_suffix('.log').read_text()[-500:]}"
+            found = difference(code, run, trial)
+            same += not found
+            if found:
+                yield f"cut {number}: {found}"
     yield "| power cuts, all unsynced data lost | cuts | metrics.jsonl whole | end bit-identical |"
     yield "|---|---|---|---|"
     yield f"| at a random write, fsync or rename ({len(events)} recorded) | {cuts} | {whole} | {same} |"
