@@ -9,6 +9,8 @@ python app.py --checkpoint C --build-space DIR --push owner/name
 """
 
 import os
+import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -88,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(space.push(folder, args.push, models))
         return 0
 
+    # as `docker stop` and `systemctl stop` send it: what people uploaded is deleted then, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with TemporaryDirectory(prefix="yolo-app-") as scratch:
         os.environ["GRADIO_TEMP_DIR"] = f"{scratch}/files"  # read when gradio is imported
         from yolo.app.page import build_page, serve
