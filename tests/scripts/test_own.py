@@ -133,3 +133,25 @@ def test_what_a_step_needs_is_reckoned_and_fitted(monkeypatch, capsys):
         fitted = memory.fit_memory(fabric, cfg)
         assert (fitted.batch_size, max(fitted.img_sizes)) == expected
     assert "memory       32.0 GB free" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", layouts.LAYOUTS)
+def test_every_layout_is_checked_trained_resumed_measured_and_predicted_on(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    data = layouts.make(name, tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    if "class folders" in name:
+        words = ["--width", "0.125", "--batch-size", "4", "--epochs", "2", *SMALL[-8:]]
+    else:
+        words = [*SMALL, "--epochs", "2"]
+        assert train.main(["--data-root", str(data), "--check-data", "--out-dir", "check"]) == 0
+    argv = [*words, "--data-root", str(data), "--out-dir", str(run)]
+    assert train.main([*argv, "--max-steps", "2"]) == 0
+    (run / "results.json").unlink()
+    assert train.main(["--data-root", str(data), "--resume", "auto"]) == 0
+    assert (run / "results.json").exists()
+    assert evaluate.main(["--checkpoint", str(run), "--workers", "0"]) == 0
+    assert evaluate.main(["--checkpoint", str(run), "--images", "samples/detection/cat.jpg"]) == 0
