@@ -39,6 +39,7 @@ DAMAGED = (
     RuntimeError,  # a password
     ValueError,
     OverflowError,
+    MemoryError,
     struct.error,
 )
 
