@@ -444,7 +444,7 @@ def test_a_flipped_bit_of_the_configuration_is_seen_or_without_effect(stopped: T
         content[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
         folder.config.write_bytes(content)
         try:
-            plan = script.locate_run(argv, "tiny")
+            plan = script.locate_run(argv, "tiny", None)
             args = script.parse_args(argv, plan.stored_config, "", None)
             resume.check_settings(plan, newest, args)
         except UserError:
