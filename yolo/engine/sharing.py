@@ -29,6 +29,7 @@ class Threads:
         self.most = most
         self.adapts = adapts and most > 1
         self.others = others or OtherLoad()
+        self.roomy_looks = 0
         self.take(most)
 
     @classmethod
