@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lively import lively_detector
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -279,11 +281,7 @@ def in_gradcam(path: Path, *flags: str) -> None:
     gradcam.main(["--checkpoint", str(path), "--evaluate", "--accelerator", "cpu", *flags])
 
 
-def in_the_app(path: Path, *flags: str) -> None:
-    app.main(["--checkpoint", str(path), "--build-space", "space", *flags])
-
-
-@pytest.mark.parametrize("use", [in_evaluate, in_gradcam, in_the_app])
+@pytest.mark.parametrize("use", [in_evaluate, in_gradcam])
 @pytest.mark.parametrize("root", ["private", None])
 def test_no_script_opens_data_that_a_weight_file_names(
     tmp_path: Path,
@@ -305,6 +303,23 @@ def test_no_script_opens_data_that_a_weight_file_names(
     with pytest.raises(UserError, match="give --data-root"):
         use(path)
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_space_holds_no_picture_of_a_folder_that_a_weight_file_names(
+    tmp_path: Path, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "private/test/a"
+    place.mkdir(parents=True)
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(picture).save(place / "1.png")
+    monkeypatch.chdir(tmp_path)
+    settings = {"dataset": "images", "data_root": "private", "split": "test"}
+    write(Path("w.safetensors"), parts, config=config_of(parts, **settings))
+    app.main(["--checkpoint", "w.safetensors", "--build-space", "space"])
+    assert (tmp_path / "space/app.py").exists()
+    pictures = [p for p in (tmp_path / "space").rglob("*") if p.suffix in (".png", ".jpg")]
+    ours = {path.read_bytes() for path in bundled("samples").rglob("*") if path.is_file()}
+    assert {path.read_bytes() for path in pictures} <= ours
 
 
 def test_the_app_shows_no_samples_of_a_strange_file(

@@ -213,7 +213,10 @@ def test_pictures_are_answered_by_the_newest_run_and_become_labels(
         file.write_bytes(b"")
         os.utime(file, (number, number))
     assert list_runs() == [Path("runs/new"), Path("runs/old")]
-    monkeypatch.setattr("yolo.runs.checkpoint.resolve_checkpoint", {Path("runs/new"): weights}.get)
+    monkeypatch.setattr(
+        "yolo.runs.checkpoint.resolve_checkpoint",
+        lambda path, last: {Path("runs/new"): weights}[path],
+    )
     images = str(tiny_digits / "JPEGImages" / "test_0000*")
     words = ["--images", images, "--out-dir", str(tmp_path / "out"), "--write-labels", "yolo"]
     assert evaluate.main([*words, *CPU]) == 0
