@@ -15,11 +15,11 @@ SHOWN_CLASSES = 20
 
 
 def _counted(dataset: Any) -> str:
-    """Return how many pictures a data set has, and how many of them without a box."""
+    """Return how many images a data set has, and how many of them without a box."""
     annotations = getattr(dataset, "annotations", ())
     empty = sum(not len(annotation.labels) for annotation in annotations)
     without = f", {empty} without boxes" if empty else ""
-    return f"{dataset.name}: {len(dataset)} pictures{without}"
+    return f"{dataset.name}: {len(dataset)} images{without}"
 
 
 def introduction(fabric: Fabric, cfg: ResolvedConfig, task: Task, run: Run) -> str:
@@ -31,12 +31,13 @@ def introduction(fabric: Fabric, cfg: ResolvedConfig, task: Task, run: Run) -> s
     sets = {"data": task.train_set, "test": eval_set}
     if task.test_split is not None:
         sets |= {"validation": eval_set, "test": task.test_split.dataset}
+    others = "; ".join(f"{role} {_counted(data)}" for role, data in sets.items() if role != "data")
     classes = task.class_names
     shown = ", ".join(classes[:SHOWN_CLASSES]) + (", ..." if len(classes) > SHOWN_CLASSES else "")
     lines = [
         f"run folder   {run.folder.path}",
-        *(f"{role:<12} {_counted(dataset)}" for role, dataset in sets.items()),
-        f"classes      {len(classes)}: {shown}",
+        f"data         {_counted(task.train_set)}; {others}; {len(classes)} classes",
+        f"classes      {shown}",
         f"model        {name}, width {cfg.width:g}, {parameters:,} parameters",
         f"hardware     {fabric.world_size} process(es) on {hardware(fabric.device)}; "
         f"precision {precision}: {why}",
