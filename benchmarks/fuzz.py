@@ -86,6 +86,7 @@ def run(inputs: int, seed: int, only: str = "", kept: Path | None = None) -> Ite
     faults: list[str] = []
     with TemporaryDirectory() as scratch, _limits():
         folder = Path(scratch)
+        _write_inputs(folder)
         for reader in _readers(folder):
             if only not in reader.name:
                 continue
@@ -181,8 +182,8 @@ def _limits() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def _readers(folder: Path) -> list[Reader]:
-    """Write a small input of each kind, and return what reads it."""
+def _write_inputs(folder: Path) -> None:
+    """Write a small input of each kind that `_readers` names."""
     boxes = "1 0.5 0.5 0.25 0.25\n0 0.25 0.25 0.1 0.2\n"
     _write_voc(folder / "voc")
     for root in ("yolo", "named", "list", "pictures"):
@@ -223,6 +224,10 @@ def _readers(folder: Path) -> list[Reader]:
     detections = folder / "detections"
     detections.mkdir()
     (detections / "comp4_det_train_cat.txt").write_text("a 0.9 1 1 50 50\nb 0.25 3.5 4 9 9\n")
+
+
+def _readers(folder: Path) -> list[Reader]:
+    """Return what reads each input of `_write_inputs`, and how it is damaged."""
     images = read_voc(folder / "voc", "train", None)
     return [
         Reader("VOC XML", "voc/Annotations/b.xml", m.mutate_xml, _voc, True),

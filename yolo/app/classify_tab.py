@@ -9,7 +9,6 @@ from yolo.app.classifier import Classification, Classifier, draw_map
 from yolo.app.samples import SampleSet
 from yolo.app.uploads import Picture, read_picture
 from yolo.app.widgets import (
-    METHOD_CHOICES,
     METHOD_NAMES,
     QUEUE,
     RESULT,
@@ -19,6 +18,8 @@ from yolo.app.widgets import (
     clear_on_failure,
     gallery_update,
     map_notes,
+    method_menu,
+    opacity_slider,
     picture_input,
     samples_gallery,
     store_image,
@@ -159,13 +160,7 @@ class ClassifyTab:
                 info="Which name the map explains",
                 min_width=140,
             )
-            self.method = gr.Dropdown(
-                METHOD_CHOICES,
-                value=CLASSIFIER_METHOD,
-                label="Method",
-                info="Ways to measure which places mattered",
-                min_width=140,
-            )
+            self.method = method_menu(CLASSIFIER_METHOD)
             layers = [(LAYER_NAMES.get(layer, layer), layer) for layer in CLASSIFIER_LAYERS]
             self.layer = gr.Dropdown(
                 layers,
@@ -174,15 +169,7 @@ class ClassifyTab:
                 info="The step of the network that is looked at",
                 min_width=140,
             )
-            self.opacity = gr.Slider(
-                0.2,
-                1.0,
-                OPACITY,
-                step=0.05,
-                label="Colour",
-                info="How much it covers the picture",
-                min_width=140,
-            )
+            self.opacity = opacity_slider()
 
     def _target_choices(self) -> list[tuple[str, int]]:
         names = self.classifier.class_names

@@ -25,7 +25,6 @@ from yolo.app.detector import (
 from yolo.app.samples import SampleSet
 from yolo.app.uploads import Picture, read_picture
 from yolo.app.widgets import (
-    METHOD_CHOICES,
     METHOD_NAMES,
     QUEUE,
     RESULT,
@@ -35,6 +34,8 @@ from yolo.app.widgets import (
     clear_on_failure,
     gallery_update,
     map_notes,
+    method_menu,
+    opacity_slider,
     picture_input,
     samples_gallery,
     store_file,
@@ -201,15 +202,16 @@ class DetectTab:
         assert self.samples is not None and self.samples.missed is not None
         view = self.trace_sample(self.samples.missed)
         thresholds = Thresholds(score, iou)
-        missed = [one for one in self.detector.detections(view, thresholds) if one.kind == "missed"]
+        detections = self.detector.detections(view, thresholds)
+        missed = [one for one in detections if one.kind == "missed"]
+        chosen = max(missed, key=lambda one: one.area) if missed else detections[0]
         settings = CamSettings(method, target, layer)
-        updates = self._update(view, thresholds, settings, opacity)
-        if missed:
-            largest = max(missed, key=lambda one: one.area)
-            detections = self.detector.detections(view, thresholds)
-            updates |= self._explain(view, detections, largest, settings, opacity)
-            updates[self.list] = gr.Radio(updates[self.list].choices, value=largest.key)
-        return {self.upload: None, self.view: view, **updates}
+        return {
+            self.upload: None,
+            self.view: view,
+            **self._listed(view, detections, chosen, thresholds),
+            **self._explain(view, detections, chosen, settings, opacity),
+        }
 
     def _missed_gallery(self) -> dict[str, Any]:
         number = self.samples.missed if self.samples else None
@@ -236,8 +238,17 @@ class DetectTab:
         detections = self.detector.detections(view, thresholds)
         kept = _by_key(detections, key)
         chosen = kept or detections[0]
+        updates = self._listed(view, detections, chosen, thresholds)
+        if kept is None:
+            return updates | self._explain(view, detections, chosen, settings, opacity)
+        return updates | {self.boxes: store_image(draw_detections(view, detections, names, chosen))}
+
+    def _listed(
+        self, view: View, detections: list[Detection], chosen: Detection, thresholds: Thresholds
+    ) -> Updates:
+        names = self.detector.class_names
         csv, json = to_csv(view, detections, names), to_json(view, detections, names, thresholds)
-        updates = {
+        return {
             self.list: gr.Radio(
                 [(_title(one, names), one.key) for one in detections], value=chosen.key
             ),
@@ -246,9 +257,6 @@ class DetectTab:
             self.json: store_file(json.encode(), "detections.json"),
             self.answer: loads(json),
         }
-        if kept is None:
-            return updates | self._explain(view, detections, chosen, settings, opacity)
-        return updates | {self.boxes: store_image(draw_detections(view, detections, names, chosen))}
 
     def _explain(
         self,
@@ -317,13 +325,7 @@ class DetectTab:
 
     def _lay_out_map_settings(self) -> None:
         with gr.Row():
-            self.method = gr.Dropdown(
-                METHOD_CHOICES,
-                value=DETECTOR_METHOD,
-                label="Method",
-                info="Ways to measure which places mattered",
-                min_width=140,
-            )
+            self.method = method_menu(DETECTOR_METHOD)
             self.target = gr.Dropdown(
                 [(name, target) for target, name in TARGET_NAMES.items()],
                 value="class",
@@ -338,15 +340,7 @@ class DetectTab:
                 info="How finely the picture is divided",
                 min_width=140,
             )
-            self.opacity = gr.Slider(
-                0.2,
-                1.0,
-                OPACITY,
-                step=0.05,
-                label="Colour",
-                info="How much it covers the picture",
-                min_width=140,
-            )
+            self.opacity = opacity_slider()
 
     def _wire(self) -> None:
         controls: list[Any] = [

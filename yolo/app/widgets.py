@@ -16,7 +16,7 @@ from gradio.utils import get_upload_folder
 from yolo.app.samples import SampleSet
 from yolo.app.uploads import Picture, read_picture
 from yolo.errors import UserError
-from yolo.explain.cam import METHODS, TARGET_BLIND, Explanation
+from yolo.explain.cam import METHODS, OPACITY, TARGET_BLIND, Explanation
 
 Updates = dict[Any, Any]  # component -> new value, as Gradio takes them
 
@@ -54,6 +54,30 @@ def picture_input() -> gr.Image:
     # Gradio's own decoding knows no limits; for a subclass it writes stub files into this package
     component.preprocess = _read_upload  # type: ignore[method-assign, assignment]
     return component
+
+
+def method_menu(method: str) -> gr.Dropdown:
+    """Return the choice of how a map is made, which begins at `method`."""
+    return gr.Dropdown(
+        METHOD_CHOICES,
+        value=method,
+        label="Method",
+        info="Ways to measure which places mattered",
+        min_width=140,
+    )
+
+
+def opacity_slider() -> gr.Slider:
+    """Return how much the colours of a map cover the picture."""
+    return gr.Slider(
+        0.2,
+        1.0,
+        OPACITY,
+        step=0.05,
+        label="Colour",
+        info="How much it covers the picture",
+        min_width=140,
+    )
 
 
 @contextmanager
