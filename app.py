@@ -94,8 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with TemporaryDirectory(prefix="yolo-app-") as scratch:
         os.environ["GRADIO_TEMP_DIR"] = f"{scratch}/files"  # read when gradio is imported
+        from yolo.app.limits import log_in_one_line
         from yolo.app.page import build_page, serve
 
+        if not args.debug:
+            log_in_one_line()
         numbers = count()
 
         def find(model: "Model") -> "SampleSet | None":

@@ -3,10 +3,13 @@
 import os
 from pathlib import Path
 
+# Two tests at once share the cores: threads that spin for one another would take all of them.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 def _real_data(variable: str) -> Path:

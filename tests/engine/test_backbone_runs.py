@@ -73,6 +73,7 @@ def test_a_frozen_backbone_stays_as_it_is_statistics_included_and_then_learns(ru
     assert set(changed) == set(_backbone(free))
 
 
+@pytest.mark.slow
 def test_it_exports_with_parity_at_any_size(run: Path, tmp_path: Path) -> None:
     loaded = load_weights(list_checkpoints(run / "checkpoints")[-1])
     export(loaded, tmp_path / "model.safetensors")

@@ -21,6 +21,7 @@ from yolo.app.classifier import Classifier
 from yolo.app.classify_tab import ClassifyTab
 from yolo.app.detect_tab import DetectTab
 from yolo.app.detector import DetectionExplainer
+from yolo.app.limits import limit
 from yolo.app.models import Model
 from yolo.app.runs_tab import RunsTab
 from yolo.app.samples import SampleSet
@@ -31,7 +32,6 @@ from yolo.app.widgets import QUEUE, store_file
 from yolo.errors import UsageError, UserError
 from yolo.runs.checkpoint import LoadedWeights, publish_weights
 
-WAITING_PEOPLE = 64  # further ones are told to try again, instead of waiting for minutes
 PEOPLE_IN_MEMORY = 100  # a picture with its trace is up to 25 MB
 SUBTITLE = "Finds things in your pictures, and shows which places made it say so."
 FORGET_FILES = (600, 3600)  # seconds: look for old files, and how old they may get
@@ -75,7 +75,7 @@ def build_page(
                     RunsTab(tabs, partial(_open_run, tabs, find_samples))
         for tab in tabs.values():
             page.load(tab.on_open, None, tab.shown, api_visibility="private", **QUEUE)
-    page.queue(max_size=WAITING_PEOPLE, default_concurrency_limit=2)
+    limit(page)
     return page
 
 
