@@ -13,6 +13,7 @@ python evaluate.py --checkpoint C --export model.onnx --nms merge   # boxes, sco
 """
 
 import dataclasses
+import gc
 import json
 import re
 import time
@@ -28,13 +29,13 @@ from yolo.errors import UsageError, UserError
 from yolo.files import free_path
 
 if TYPE_CHECKING:
-    import numpy as np
     from lightning.fabric import Fabric
 
     from yolo.inference.predict import Detector
     from yolo.inference.sources import Video
     from yolo.metrics.matching import Detections, Objects
     from yolo.runs.checkpoint import LoadedWeights
+    from yolo.viz.figures import Drawing
 
 
 T = TypeVar("T", bound=Config)
@@ -259,12 +260,13 @@ def measure(
         folder = free_path(folder) if [*folder.glob("comp*_det_*.txt")] else folder
         name = re.sub(r"[^\w-]+", "-", cfg.split.split(":")[-1]).strip("-") or "all"
         write_detections(folder, found.detections(), split.dataset, name)
-    pictures: dict[str, np.ndarray] = {}
+    pictures: dict[str, Drawing] = {}
     if loaded.task == "classification":
         from yolo.explain.misclassified import misclassified_grid
 
-        if (grid := misclassified_grid(loaded.model, split.dataset, metrics)) is not None:
-            pictures["misclassified"] = grid
+        pictures["misclassified"] = partial(
+            misclassified_grid, loaded.model, split.dataset, metrics
+        )
     scored = (found.detections(), found.objects()) if found else ()
     record = report(args, measured, about, split.dataset, pictures, *scored)
     for sentence in advice(RunFolder(run_of(loaded.path)), record):
@@ -274,6 +276,7 @@ def measure(
 
 def score_files(args: EvaluateArgs) -> int:
     """Score the devkit files of any detector against a data set."""
+    gc.disable()  # nothing here is garbage: looking for it takes a twelfth of the time
     from yolo.data.class_names import named_classes
     from yolo.data.sources import open_dataset
     from yolo.metrics.average_precision import load_objects
@@ -294,7 +297,7 @@ def report(
     measured: dict[str, Any],
     about: dict[str, Any],
     dataset: Any,
-    pictures: "dict[str, np.ndarray]",
+    pictures: "dict[str, Drawing]",
     detections: "Detections | None" = None,
     objects: "Objects | None" = None,
 ) -> dict[str, Any]:

@@ -270,6 +270,7 @@ def test_errors_far_outside_of_their_images_are_pictured_all_the_same(tiny_digit
     )
     grids = error_grids(dataset, detections, load_objects(dataset, [0]), "plain")
     assert set(grids) == {"false_positives", "misses"}
+    assert all(draw().shape[2] == 3 for draw in grids.values())
 
 
 def test_boxes_are_drawn_where_they_are_and_the_picture_is_not_changed() -> None:

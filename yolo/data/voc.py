@@ -158,7 +158,7 @@ def _read_xml(path: Path, image_id: str) -> RawAnnotation:
     try:
         height, width = annotated_size(root) or header_size(image)
         objects = [_object(node) for node in root.iter("object")]
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, KeyError):
         raise UserError(
             f"{path}: an object lacks a name or a box of four numbers, or the size is no number"
         ) from None
@@ -184,9 +184,8 @@ def annotated_size(root: Element) -> tuple[int, int] | None:
 
 
 def _object(node: Element) -> RawBox:
-    left, top, right, bottom = (
-        float(node.findtext(f"bndbox/{key}", "")) for key in ("xmin", "ymin", "xmax", "ymax")
-    )
+    edges = {edge.tag: edge.text or "" for edge in node.iterfind("bndbox/*")}
+    left, top, right, bottom = (float(edges[key]) for key in ("xmin", "ymin", "xmax", "ymax"))
     name = node.findtext("name", "").strip()
     if not name:
         raise ValueError("no name")

@@ -110,7 +110,9 @@ def _read_class(
                 "the detections must be those of the split that --split names"
             )
     try:
-        numbers = np.array([row[1:] for row in rows.values()], dtype=np.float64).reshape(-1, 5)
+        numbers = np.array([float(word) for row in rows.values() for word in row[1:]]).reshape(
+            -1, 5
+        )
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     images = np.array([place[row[0]] for row in rows.values()], dtype=np.int64)

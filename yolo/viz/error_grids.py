@@ -1,5 +1,7 @@
 """A detector's worst errors as pictures: confident false positives, and large objects missed."""
 
+from functools import partial
+
 import cv2
 import numpy as np
 
@@ -15,7 +17,7 @@ from yolo.metrics.errors import (
 )
 from yolo.metrics.matching import Detections, Objects, match_voc, paired_iou
 from yolo.metrics.report import SHOWN_SCORE
-from yolo.viz.figures import picture_grid
+from yolo.viz.figures import Drawing, picture_grid
 
 GRID_PICTURES = 12
 TILE = 240  # pixels
@@ -25,7 +27,7 @@ FOUND, TRUE, PAPER = (230, 60, 50), (60, 200, 90), (255, 255, 255)
 
 def error_grids(
     dataset: DetectionDataset, detections: Detections, objects: Objects, matching: Matching
-) -> dict[str, np.ndarray]:
+) -> dict[str, Drawing]:
     """Show the most confident false positives and the largest objects that nobody would be shown.
 
     Args:
@@ -35,11 +37,20 @@ def error_grids(
         matching: as for the mAP.
 
     Returns:
-        RGB images by name, without those that would be empty.
+        Drawings of RGB images by name; None where there is no such error.
     """
-    matches = match_voc(detections, objects, strict=matching == "devkit")
-    errors = find_errors(detections, objects, matches)
-    false_positives = []
+    given = dataset, detections, objects, matching == "devkit"
+    return {
+        "false_positives": partial(_false_positives, *given),
+        "misses": partial(_misses, *given),
+    }
+
+
+def _false_positives(
+    dataset: DetectionDataset, detections: Detections, objects: Objects, strict: bool
+) -> np.ndarray | None:
+    errors = find_errors(detections, objects, match_voc(detections, objects, strict=strict))
+    tiles = []
     for row in worst_false_positives(errors, GRID_PICTURES):
         one = detections.at(np.array([row]))
         name, image = dataset.class_names[one.labels[0]], int(one.images[0])
@@ -47,27 +58,26 @@ def error_grids(
         if errors.kinds[row] == CLASSIFICATION:
             caption += f", is {dataset.class_names[objects.labels[errors.targets[row]]]}"
         caption += f"\nimage {dataset.image_ids[image]}"
-        false_positives.append((_tile(dataset, image, one.boxes[0], one, objects), caption))
+        tiles.append((_tile(dataset, image, one.boxes[0], one, objects), caption))
+    title = "The most confident false positives (red), and what is there (green)"
+    return picture_grid(tiles, title) if tiles else None
+
+
+def _misses(
+    dataset: DetectionDataset, detections: Detections, objects: Objects, strict: bool
+) -> np.ndarray | None:
     shown = detections.at(detections.scores >= SHOWN_SCORE)
-    found = match_voc(shown, objects, strict=matching == "devkit").objects[0]
-    misses = []
+    found = match_voc(shown, objects, strict=strict).objects[0]
+    tiles = []
     for row in largest_misses(objects, found, GRID_PICTURES):
         image = int(objects.images[row])
         in_image = shown.at(shown.images == image)
         name = dataset.class_names[objects.labels[row]]
         nearest = _nearest(in_image, objects.boxes[row], dataset)
         caption = f"{name}; found: {nearest}\nimage {dataset.image_ids[image]}"
-        misses.append((_tile(dataset, image, objects.boxes[row], in_image, objects), caption))
-    grids = {}
-    if false_positives:
-        title = "The most confident false positives (red), and what is there (green)"
-        grids["false_positives"] = picture_grid(false_positives, title)
-    if misses:
-        title = (
-            f"The largest objects (green) not found at a score of {SHOWN_SCORE}, and what was (red)"
-        )
-        grids["misses"] = picture_grid(misses, title)
-    return grids
+        tiles.append((_tile(dataset, image, objects.boxes[row], in_image, objects), caption))
+    title = f"The largest objects (green) not found at a score of {SHOWN_SCORE}, and what was (red)"
+    return picture_grid(tiles, title) if tiles else None
 
 
 def _nearest(detections: Detections, box: np.ndarray, dataset: DetectionDataset) -> str:

@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +49,18 @@ _OPAQUE: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 _OFFSET: dict[str, Any] = {"textcoords": "offset points"}
 
 Results = Mapping[str, Any]
+Drawing = Callable[[], np.ndarray | None]  # an RGB uint8 image [H, W, 3], if there is one to draw
 
 
-def evaluation_figures(results: Results) -> dict[str, np.ndarray]:
-    """Draw every figure that `results` holds the numbers for.
+def evaluation_figures(
+    results: Results, pictures: Mapping[str, Drawing] | None = None
+) -> dict[str, np.ndarray]:
+    """Draw every figure that `results` holds the numbers for, and more pictures beside them.
 
     Returns:
-        RGB uint8 images [H, W, 3] by name.
+        RGB uint8 images [H, W, 3] by name, without the pictures that came to nothing.
     """
-    drawings: dict[str, tuple[str, Callable[[Results], Figure]]] = {
+    figures: dict[str, tuple[str, Callable[[Results], Figure]]] = {
         "threshold_sweep": ("object_accuracy", threshold_sweep),
         "precision_recall": ("precision_recall", precision_recall_curves),
         "ap_per_class": ("map_50", ap_per_class),
@@ -65,20 +69,28 @@ def evaluation_figures(results: Results) -> dict[str, np.ndarray]:
         "confusion_matrix": ("confusion_matrix", confusion_matrix),
         "reliability": ("calibration", reliability),
     }
-    names = [name for name, (key, _) in drawings.items() if results.get(key) not in (None, {})]
+    drawings = dict(pictures or {}) | {  # first what takes longest
+        name: lambda draw=draw: _pixels(draw(results))
+        for name, (key, draw) in figures.items()
+        if results.get(key) not in (None, {})
+    }
     # Where torch is, there may be threads, and a fork would inherit the locks that they hold.
-    fewest = len(names) + 1 if "torch" in sys.modules else 2
+    fewest = len(drawings) + 1 if "torch" in sys.modules else 2
     with matplotlib.rc_context(STYLE):
-        images = map_in_processes(lambda name: _pixels(drawings[name][1](results)), names, fewest)
-        return dict(zip(names, images, strict=True))
+        images = map_in_processes(lambda name: drawings[name](), list(drawings), fewest)
+        return {
+            name: image for name, image in zip(drawings, images, strict=True) if image is not None
+        }
 
 
 def save_figures(figures: Mapping[str, np.ndarray], folder: Path) -> list[Path]:
     """Write each image as `<name>.png`; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, image in figures.items():
-        with replacing(folder / f"{name}.png") as temporary:
-            temporary.write_bytes(cv2.imencode(".png", image[..., ::-1])[1].tobytes())
+    with ThreadPoolExecutor() as pool:
+        files = pool.map(lambda image: cv2.imencode(".png", image[..., ::-1])[1], figures.values())
+        for name, file in zip(figures, files, strict=True):
+            with replacing(folder / f"{name}.png") as temporary:
+                temporary.write_bytes(file.tobytes())
     return [folder / f"{name}.png" for name in figures]
 
 
