@@ -40,6 +40,10 @@ def weights_digest(run_dir: Path) -> str:
     return content_digest({name: content[name] for name in WEIGHTS})
 
 
+def saved_steps(run_dir: Path) -> list[str]:
+    return [path.name[:19] for path in list_checkpoints(run_dir / "checkpoints")]
+
+
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     lines = read_metrics(run_dir / "metrics.jsonl")
     return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
@@ -243,9 +247,7 @@ def test_a_signal_to_one_rank_alone_stops_both_and_the_resume_is_exact(
         tiny_config, run_dir, "--save-every", "10m", hooks=stop_rank_1
     )
     assert codes == [143, 143], output
-    assert [path.name[:19] for path in list_checkpoints(run_dir / "checkpoints")] == [
-        "epoch000-step000003"
-    ]
+    assert saved_steps(run_dir) == ["epoch000-step000003"]
     codes, output = train_on_two_ranks(tiny_config, run_dir, "--resume", "auto")
     assert codes == [0, 0], output
     assert weights_digest(run_dir) == weights_digest(two_ranks)
@@ -293,6 +295,15 @@ def test_the_same_batch_goes_on_with_another_number_of_ranks_and_says_so(
     assert read_schedule(tmp_path / "one" / "schedule.txt") == read_schedule(
         two_ranks / "schedule.txt"
     )
+
+
+def test_two_ranks_end_with_the_same_statistics_however_often_they_save(
+    tiny_config: Path, two_ranks: Path, tmp_path: Path
+) -> None:
+    codes, output = train_on_two_ranks(tiny_config, tmp_path / "run", "--save-every", "5")
+    assert codes == [0, 0], output
+    assert saved_steps(tmp_path / "run") != saved_steps(two_ranks)
+    assert weights_digest(tmp_path / "run") == weights_digest(two_ranks)
 
 
 def torchrun(*words: str, **env: str) -> subprocess.Popen[str]:
