@@ -45,11 +45,13 @@ class TrainArgs(Config):
     out_dir: str | None = None
     """Folder of this run. Default: `runs/<config>-<time>`."""
     resume: str | None = None
-    """`auto` (newest checkpoint of --out-dir, or of the newest unfinished run), a checkpoint, or a folder."""
+    """`auto` (newest checkpoint of --out-dir, or of the newest unfinished run), a checkpoint, or a
+    folder."""
     replan: bool = False
     """On resume with another batch, data set or cycle: plan a new schedule from the same epoch."""
     mirror: str | None = None
-    """Copy finished checkpoints, schedule and metrics here: a folder on another drive or any fsspec URL."""
+    """Copy finished checkpoints, schedule and metrics here: a folder on another drive or any fsspec
+    URL."""
     max_time: str | None = None
     """Save and stop after this long, as in `2h45m`."""
     plan_only: bool = False
@@ -101,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def recognise_data(argv: Sequence[str]) -> "tuple[str, Reading | None]":
-    """Return the configuration file, and how the data are read where no flag and no file says it."""
+    """Return the configuration file, and how the data are read where no flag or file says it."""
     config, dataset, root = (
         cli.value_of(name, argv) for name in ("--config", "--dataset", "--data-root")
     )
@@ -145,7 +147,10 @@ def parse_args(
 
 
 def locate_run(argv: Sequence[str], config_name: str, data_root: str | None) -> RunPlan:
-    """Return where to write and what to continue; for `--resume auto`, fetch what a mirror has newer."""
+    """Return where to write and what to continue.
+
+    For `--resume auto`, what a mirror has newer is fetched.
+    """
     names = ("--out-dir", "--resume", "--mirror")
     out_dir, resume, mirror = (cli.value_of(name, argv) for name in names)
     if resume == "auto" and mirror:
@@ -168,7 +173,7 @@ def assemble(
     scaler: "torch.amp.GradScaler | None",
     stop: "StopRequest",
 ) -> int:
-    """Open the data, build every part, take over the checkpoint, and train; return the exit code."""
+    """Open the data, build every part, take over the checkpoint, train; return the exit code."""
     from yolo.engine import loaders, tuning
     from yolo.engine.fabric import ranks_per_node
     from yolo.engine.memory import fit_memory
@@ -225,7 +230,7 @@ def train(
     stop: "StopRequest",
     run: "Run",
 ) -> int:
-    """Train, test and save, epoch after epoch, to the end or a request to stop; return the exit code."""
+    """Train, test and save, epoch by epoch, to the end or a stop request; return the exit code."""
     from yolo.engine import loaders, loop
     from yolo.engine.fabric import agree, agreed_reason
     from yolo.engine.introduction import introduction
@@ -262,7 +267,8 @@ def train(
                 model, split = state.ema.module, task.eval_split
                 run.report_stop(loop.measure(fabric, model, split, eval_loader, full=True) or {})
             run.close()
-            fabric.barrier()  # when one rank exits, launchers kill the others: not before rank 0 wrote
+            # when one rank exits, launchers kill the others: not before rank 0 wrote
+            fabric.barrier()
             stopped = f"stopped by {reason} at step {state.step} of {run.end}"
             fabric.print(f"{stopped}; continue with --resume {run.folder.path}")
             return EXIT_CODES[reason]

@@ -1,4 +1,4 @@
-"""Trainings that are killed or lose power, and files whose bits flip: what a resume makes of them."""
+"""Trainings that are killed or lose power, files whose bits flip: what a resume makes of them."""
 
 import os
 import pickle
@@ -78,7 +78,7 @@ def outcome(run: Path) -> tuple[str, list[dict[str, Any]]]:
 
 
 def difference(code: int | None, run: Path, trial: Trial) -> str:
-    """Return how a training that was gone on with differs from the whole one; nothing if it does not."""
+    """Return how a continued training differs from the whole one; nothing if it does not."""
     if code:
         return f"exit code {code}: {run.with_suffix('.log').read_text()[-300:]}"
     (weights, lines), (whole_weights, whole_lines) = outcome(run), trial.end
@@ -194,15 +194,15 @@ def record(folder: Path, log: Path) -> None:
         if Path(path).is_relative_to(folder):
             note("move", Path(path), None)
 
-    os.fsync, os.replace, os.rename = noted_fsync, noted_replace, noted_replace  # type: ignore[assignment]
+    os.fsync, os.replace, os.rename = noted_fsync, noted_replace, noted_replace  # type: ignore
     os.unlink = os.remove = noted_unlink  # type: ignore[assignment]
 
 
 def after_cut(events: list[tuple[Any, ...]], rng: Random) -> dict[Path, bytes]:
     """Return the files that a disk holds when the power goes after these events.
 
-    Data that no fsync has written is gone. A renaming or deletion since the last fsync of its folder has
-    happened or not, in order: some file systems write it at once, some late.
+    Data that no fsync has written is gone. A renaming or deletion since the last fsync of its
+    folder has happened or not, in order: some file systems write it at once, some late.
     """
     volatile: dict[Path, list[bytes]] = {}  # by name, what the file holds on the disk
     durable: dict[Path, list[bytes]] = {}
@@ -264,7 +264,10 @@ def power_cuts(cuts: int, seed: int) -> Iterator[str]:
                 yield f"cut {number}: {found}"
     yield "| power cuts, all unsynced data lost | cuts | metrics.jsonl whole | end bit-identical |"
     yield "|---|---|---|---|"
-    yield f"| at a random write, fsync or rename ({len(events)} recorded) | {cuts} | {whole} | {same} |"
+    yield (
+        f"| at a random write, fsync or rename ({len(events)} recorded) | {cuts} | {whole} | "
+        f"{same} |"
+    )
 
 
 def _has_whole_records(run: Path, trial: Trial) -> bool:

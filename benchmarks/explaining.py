@@ -1,4 +1,4 @@
-"""How long it takes to explain the boxes of an image: here, and with the library on the whole model."""
+"""How long explaining the boxes of an image takes: here, and by the library on the whole model."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -27,10 +27,19 @@ def lines(width: float, size: int, boxes: int, repeats: int) -> Iterator[str]:
 
     threads = torch.get_num_threads()
     yield f"{threads} threads, {size} pixels, width {width:g}, {boxes} boxes; median of {repeats}"
-    yield f"{_seconds(lambda: cam.trace_detector(model, image, size), repeats):8.2f} s  the forward alone"
+    yield (
+        f"{_seconds(lambda: cam.trace_detector(model, image, size), repeats):8.2f} s  "
+        "the forward alone"
+    )
     for method in cam.METHODS:
-        yield f"{_seconds(lambda m=method: answer(m), repeats):8.2f} s  forward and boxes, {method}"  # type: ignore
-    yield f"{_seconds(lambda: answer('gradcam', 'fused'), repeats):8.2f} s  the same with fused layers"
+        yield (
+            f"{_seconds(lambda m=method: answer(m), repeats):8.2f} s  "  # type: ignore
+            f"forward and boxes, {method}"
+        )
+    yield (
+        f"{_seconds(lambda: answer('gradcam', 'fused'), repeats):8.2f} s  "
+        "the same with fused layers"
+    )
     whole = WholeModel(model)
     once = _seconds(lambda: whole.explain(letterboxed(image, size).image[None] / 255), repeats)
     yield f"{once * boxes:8.2f} s  the library on the whole model: {boxes} calls of {once:.2f} s"

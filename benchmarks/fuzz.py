@@ -393,8 +393,9 @@ def _write_voc(root: Path) -> None:
     for number, name in enumerate("abc"):
         m.noise_picture(number).save(root / "JPEGImages" / f"{name}.jpg")
         thing = "".join(
-            f"<object><name>{kind}</name><difficult>0</difficult><bndbox><xmin>5</xmin><ymin>6</ymin>"
-            f"<xmax>{40 + number}</xmax><ymax>50</ymax></bndbox></object>\n"
+            f"<object><name>{kind}</name><difficult>0</difficult>"
+            f"<bndbox><xmin>5</xmin><ymin>6</ymin><xmax>{40 + number}</xmax><ymax>50</ymax>"
+            "</bndbox></object>\n"
             for kind in ("cat", "dog")
         )
         size = "<size><width>96</width><height>96</height><depth>3</depth></size>"

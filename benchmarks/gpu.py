@@ -1,7 +1,8 @@
 """What training and prediction reach on the card at hand: rows for `benchmarks/throughput.py gpu`.
 
-It is made for a card that is borrowed for minutes. So a row that fails, for want of memory or of a package,
-says why in one line and the next one goes on; and no row goes on beyond the time that was given.
+It is made for a card that is borrowed for minutes. So a row that fails, for want of memory or of a
+package, says why in one line and the next one goes on; and no row goes on beyond the time that was
+given.
 """
 
 import gc
@@ -115,8 +116,11 @@ class Table:
         self.rows: list[Row] = []
 
     def measure(self, names: tuple[str, ...] = ()) -> Iterator[str]:
-        """Yield the lines of the table, all of its rows or those of `names`; write the file after each."""
-        yield f"{hardware(self.device)}; torch {torch.__version__}, CUDA {torch.version.cuda}\n\n{HEADER}"
+        """Yield the table's lines, of all rows or those of `names`; write the file after each."""
+        yield (
+            f"{hardware(self.device)}; torch {torch.__version__}, CUDA "
+            f"{torch.version.cuda}\n\n{HEADER}"
+        )
         with tempfile.TemporaryDirectory() as folder:
             for name, setting, call in self._plan(Path(folder)):
                 if not names or name in names:
@@ -127,7 +131,7 @@ class Table:
         yield self._forecast()
 
     def _plan(self, folder: Path) -> Iterator[tuple[str, str, Callable[[], dict[str, Any]]]]:
-        """Yield name, setting and measurement of each row, the most wanted first: time may run out."""
+        """Yield name, setting and measurement of each row, most wanted first: time may run out."""
         wanted = self.settings
         yield "peak", f"product of {wanted.matrix} x {wanted.matrix} matrices", self._peak
         detector = Config(width=wanted.width, img_sizes=(wanted.size,))
@@ -152,7 +156,7 @@ class Table:
         yield "torchrun", "one rank, SyncBatchNorm", partial(self._run, folder, under_torchrun=True)
 
     def _try(self, name: str, setting: str, call: Callable[[], dict[str, Any]]) -> Row:
-        """Measure a row. Whatever goes wrong in it: the card is here for minutes, the next rows count."""
+        """Measure a row, whatever goes wrong: the card is here for minutes, next rows count."""
         try:
             with _time_limit(self.deadline - time.monotonic()):
                 return Row(name, setting, **call())
@@ -181,7 +185,7 @@ class Table:
             )
 
     def _forecast(self) -> str:
-        """Say how long the recipe of VOC takes, by the real run if there was one, else by the best step."""
+        """Say how long VOC's recipe takes, by the real run if there is one, else the best step."""
         measured = [row for row in self.rows if row.images_per_second]
         runs = [row for row in measured if row.name == "run"] or [
             row for row in measured if row.name == "step"
@@ -192,8 +196,8 @@ class Table:
         minutes = VOC_EPOCHS * VOC_IMAGES / rate / 60
         basis = "the real run" if runs[0].name == "run" else "the step alone"
         return (
-            f"\n{VOC_EPOCHS} epochs of VOC 2007+2012 ({VOC_IMAGES:,} images) at {self.settings.size} px on "
-            f"this card: {minutes:.0f} minutes, by {basis}"
+            f"\n{VOC_EPOCHS} epochs of VOC 2007+2012 ({VOC_IMAGES:,} images) at "
+            f"{self.settings.size} px on this card: {minutes:.0f} minutes, by {basis}"
         )
 
     def _peak(self) -> dict[str, Any]:
@@ -233,7 +237,7 @@ class Table:
         return self._step(config, 2 * self.settings.batches[0], build_model(config, NUM_CLASSES))
 
     def _inference(self, batch: int) -> dict[str, Any]:
-        """Measure the network alone on images that are there; one at a time waits for each answer."""
+        """Measure the network alone on images that are there; one at a time awaits each answer."""
         config = Config(width=self.settings.width, img_sizes=(self.settings.size,))
         network = build_model(config, NUM_CLASSES).eval()
         model = prepare(network.to(memory_format=torch.channels_last), self.device, fast=True)
@@ -272,7 +276,7 @@ class Table:
         }
 
     def _run(self, folder: Path, under_torchrun: bool = False) -> dict[str, Any]:
-        """Measure the training script itself, from its first lines of log to its last: epochs' ends count."""
+        """Measure the training script itself, from first log line to last: epochs' ends count."""
         wanted, batch = self.settings, self.settings.batches[0]
         root, seconds = (
             wanted.data_root,
@@ -324,7 +328,10 @@ class Table:
         return {
             "images_per_second": 1e3 * batch / milliseconds,
             "milliseconds": milliseconds,
-            "note": f"{wanted.workers} workers, steps {first} to {last}, waited {wait:.0f}% for the loader",
+            "note": (
+                f"{wanted.workers} workers, steps {first} to {last}, waited {wait:.0f}% for the "
+                "loader"
+            ),
         }
 
     def _time(self, call: Callable[[], Any], seconds: float) -> tuple[float, float]:
@@ -387,7 +394,8 @@ def _write_photograph(folder: Path, number: int) -> None:
         right, bottom = x + rng.integers(20, width // 2), y + rng.integers(20, height // 2)
         objects += (
             f"<object><name>{rng.choice(['person', 'car', 'dog'])}</name><difficult>0</difficult>"
-            f"<bndbox><xmin>{x}</xmin><ymin>{y}</ymin><xmax>{right}</xmax><ymax>{bottom}</ymax></bndbox></object>"
+            f"<bndbox><xmin>{x}</xmin><ymin>{y}</ymin><xmax>{right}</xmax><ymax>{bottom}</ymax>"
+            "</bndbox></object>"
         )
     size = f"<size><width>{width}</width><height>{height}</height><depth>3</depth></size>"
     name = f"<filename>{number:06d}.jpg</filename>"

@@ -1,9 +1,9 @@
-"""What a training step costs the main process apart from the network and its loss: CPU milliseconds.
+"""What a training step costs the main process besides the network and its loss: CPU milliseconds.
 
-A GPU waits for whatever the main process does between two launches. Here a network and a loss of no work,
-with as many parameter tensors as YOLOv3's, leave only that: batches received from the workers, counts,
-clipping, Adam, the averaged weights, the meter. On a CPU, fused and foreach calls still run once per tensor,
-and memory is not pinned.
+A GPU waits for whatever the main process does between two launches. Here a network and a loss of no
+work, with as many parameter tensors as YOLOv3's, leave only that: batches received from the
+workers, counts, clipping, Adam, the averaged weights, the meter. On a CPU, fused and foreach calls
+still run once per tensor, and memory is not pinned.
 """
 
 import os
@@ -42,7 +42,10 @@ def lines(size: int, batch: int, workers: int, steps: int) -> Iterator[str]:
     after, elapsed = os.times(), time.perf_counter() - start
     own, system = after.user - before.user, after.system - before.system
     milliseconds = (1e3 * seconds / steps for seconds in (own + system, own, system, elapsed))
-    yield "| main process | CPU ms a step | Python and torch | system | elapsed |\n|---|---|---|---|---|"
+    yield (
+        "| main process | CPU ms a step | Python and torch | system | elapsed |\n"
+        "|---|---|---|---|---|"
+    )
     setting = f"batch {batch} at {size} px, {workers} workers"
     yield f"| {setting} | " + " | ".join(f"{value:.1f}" for value in milliseconds) + " |"
 

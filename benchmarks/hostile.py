@@ -1,4 +1,4 @@
-"""Weight files of strangers that name folders of this machine: what is looked at, shown and written."""
+"""Strangers' weight files that name folders of this machine: what is looked at, shown, written."""
 
 import contextlib
 import io
@@ -76,14 +76,17 @@ def run(files: int, seed: int) -> Iterator[str]:
         private = Path()
         written = sum(path.is_file() for path in secret.rglob("*")) - len(FILES)
         os.chdir(before)
-    yield "| weight files that name a private folder | refused | samples shown | files opened | written |"
+    yield (
+        "| weight files that name a private folder | refused | samples shown | files opened | "
+        "written |"
+    )
     yield "|---|---|---|---|---|"
     yield f"| {files} | {refused} | {shown} | {len(looked_at)} | {written} |"
 
 
 FILES = (
-    "Annotations/a.xml", "JPEGImages/a.jpg", "ImageSets/Main/test.txt",
-    "ImageSets/Main/train.txt", "images/test/a.jpg", "labels/test/a.txt", "data.yaml", "test/cat/a.png",
+    "Annotations/a.xml", "JPEGImages/a.jpg", "ImageSets/Main/test.txt", "ImageSets/Main/train.txt",
+    "images/test/a.jpg", "labels/test/a.txt", "data.yaml", "test/cat/a.png",
 )  # fmt: skip
 
 
@@ -98,8 +101,9 @@ def _write_private(root: Path) -> None:
     (root / "labels/test/a.txt").write_text("0 0.5 0.5 0.5 0.5\n")
     (root / "data.yaml").write_text("names: [cat, dog]\n")
     (root / "Annotations/a.xml").write_text(
-        "<annotation><size><width>96</width><height>96</height></size><object><name>cat</name><bndbox>"
-        "<xmin>9</xmin><ymin>9</ymin><xmax>50</xmax><ymax>50</ymax></bndbox></object></annotation>"
+        "<annotation><size><width>96</width><height>96</height></size><object><name>cat</name>"
+        "<bndbox><xmin>9</xmin><ymin>9</ymin><xmax>50</xmax><ymax>50</ymax></bndbox></object>"
+        "</annotation>"
     )
 
 
@@ -109,7 +113,9 @@ def _hostile(path: Path, rng: Random, secret: Path) -> Path:
     names, anchors = ("cat", "dog"), torch.arange(1.0, 19).reshape(3, 3, 2)
     wishes = {
         "dataset": rng.choice(("voc", "yolo", "csv", "coco", "images", "cifar10", "digits")),
-        "data_root": str(rng.choice((secret, secret / "images", "../private", f"{secret}/../private"))),
+        "data_root": str(
+            rng.choice((secret, secret / "images", "../private", f"{secret}/../private"))
+        ),
         "split": rng.choice(("test", "train", "../test", "2007:test", ".")),
         "val_split": "test",
         "train_split": "train",
@@ -122,8 +128,8 @@ def _hostile(path: Path, rng: Random, secret: Path) -> Path:
     if rng.random() < 0.3:
         state = network.state_dict()
         content = {
-            "model": state, "ema": state, "config": {**config.to_dict(), **wishes}, "classes": list(names),
-            "anchors": anchors, "step": 1,
+            "model": state, "ema": state, "config": {**config.to_dict(), **wishes},
+            "classes": list(names), "anchors": anchors, "step": 1,
         }  # fmt: skip
         target = (
             path / "checkpoints" / "epoch000-step000001-lr1.000e-03.ckpt"

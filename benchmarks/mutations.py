@@ -124,7 +124,10 @@ HOSTILE_XML = (
     '<?xml version="1.0"?><!DOCTYPE a [<!ENTITY l0 "lol">'
     + "".join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10}">' for i in range(1, 10))
     + "]><annotation>&l9;</annotation>",
-    '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]><annotation><filename>&x;</filename></annotation>',
+    (
+        '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]>'
+        "<annotation><filename>&x;</filename></annotation>"
+    ),
     '<!DOCTYPE a SYSTEM "http://127.0.0.1:1/a.dtd"><annotation/>',
     '<?xml version="1.0" encoding="klingon"?><annotation/>',
     '<?xml version="1.0" encoding="utf-7"?><annotation/>',

@@ -18,7 +18,9 @@ def lines(images: int, detections: int, classes: int, repeats: int, compare: boo
     """Yield the table, line by line."""
     found, objects = random_scenes(images, detections, classes)
     names = [str(label) for label in range(classes)]
-    yield f"{images:,} images, {len(objects):,} objects, {detections:,} detections, {classes} classes"
+    yield (
+        f"{images:,} images, {len(objects):,} objects, {detections:,} detections, {classes} classes"
+    )
     yield f"{'':<44} {'seconds':>8} {'of CPU':>8} {'peak MB':>8}"
     yield line("mAP@0.5 (sort, match, area)", lambda: ap_50(found, objects, classes), repeats)
     for factor in (2, 4):
@@ -38,7 +40,7 @@ def lines(images: int, detections: int, classes: int, repeats: int, compare: boo
 
 
 def line(name: str, work: Callable[[], object], repeats: int) -> str:
-    """Return the fastest of some repetitions, and the most memory allocated on top of the detections."""
+    """Return the fastest repetition, and the most memory allocated on top of the detections."""
     clocks = []
     for _ in range(repeats):
         start, cpu_start = time.perf_counter(), time.process_time()

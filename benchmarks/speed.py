@@ -1,7 +1,7 @@
-"""What the network costs beside what this machine could do at best: rows for `benchmarks/throughput.py`.
+"""What the network costs beside this machine's best: rows for `benchmarks/throughput.py`.
 
-The limit of a row is the arithmetic of its convolutions at the fastest convolution measured here, or the
-bytes that it has to move at the measured speed of a copy.
+The limit of a row is the arithmetic of its convolutions at the fastest convolution measured here,
+or the bytes that it has to move at the measured speed of a copy.
 """
 
 import contextlib
@@ -65,7 +65,10 @@ class Row:
         if self.limit is None:
             return f"| {self.part} | {self.setting} | {measured} | {self.basis} | |"
         limit = f"{self._amount(self.limit)} ({self.basis})"
-        return f"| {self.part} | {self.setting} | {measured} | {limit} | {self.limit / self.seconds:.0%} |"
+        return (
+            f"| {self.part} | {self.setting} | {measured} | {limit} | "
+            f"{self.limit / self.seconds:.0%} |"
+        )
 
     def _amount(self, seconds: float) -> str:
         return (
@@ -84,9 +87,9 @@ def machine() -> str:
         f"{NAMES[dtype]} {convolution_peak(dtype) / 1e9:.0f} GFLOP/s" for dtype in PRECISION
     )
     return (
-        f"{hardware(torch.device('cpu'))}; torch {torch.__version__}, {torch.get_num_threads()} thread(s), "
-        f"{'elapsed' if clock is time.perf_counter else 'CPU'} time; "
-        f"fastest convolution {peaks}; copy {copy_speed() / 1e9:.1f} GB/s"
+        f"{hardware(torch.device('cpu'))}; torch {torch.__version__}, {torch.get_num_threads()} "
+        f"thread(s), {'elapsed' if clock is time.perf_counter else 'CPU'} time; fastest "
+        f"convolution {peaks}; copy {copy_speed() / 1e9:.1f} GB/s"
     )
 
 
@@ -94,10 +97,11 @@ clock: Callable[[], float] = time.perf_counter
 
 
 def use_cpu_time() -> None:
-    """From here on count the CPU seconds of one thread: right on a machine that others use as well."""
+    """From here on count the CPU seconds of one thread: right on a machine that others use."""
     global clock
     torch.set_num_threads(1)
-    clock = lambda: time.process_time() + sum(os.times()[2:4])  # noqa: E731 (with finished children)
+    # with finished children
+    clock = lambda: time.process_time() + sum(os.times()[2:4])  # noqa: E731
 
 
 def seconds_of(call: Callable[[], Any], repeats: int = 5, warm_up: int = 1) -> float:
@@ -132,7 +136,8 @@ def beside_peak(
 ) -> tuple[float, float]:
     """Return the seconds of a call, and the least that its arithmetic could take.
 
-    The peak is measured before and after it: a shared machine is faster in one minute than in the next.
+    The peak is measured before and after it: a shared machine is faster in one minute than in the
+    next.
     """
     before, seconds = convolution_peak(dtype), seconds_of(call, repeats)
     return seconds, flops / max(before, convolution_peak(dtype))
@@ -157,9 +162,9 @@ def forward_flops(width: float, size: int) -> int:
 
 
 def make_detector(width: float, size: int) -> tuple[YoloV3, Tensor]:
-    """Return an untrained network, its batch normalisation set to random images, and its anchors."""
+    """Return an untrained network, batch normalisation set to random images, and its anchors."""
     torch.manual_seed(0)
-    model = YoloV3(NUM_CLASSES, width).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = YoloV3(NUM_CLASSES, width).to(memory_format=torch.channels_last)  # type: ignore
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 1.0
@@ -235,7 +240,9 @@ def _training_step(
     width: float, size: int, batch: int, precision: str, compiled: bool
 ) -> Callable[[], None]:
     with contextlib.redirect_stderr(None):
-        fabric, scaler = make_fabric(HardwareConfig(accelerator="cpu", precision=precision))  # type: ignore[arg-type]
+        fabric, scaler = make_fabric(
+            HardwareConfig(accelerator="cpu", precision=precision)  # type: ignore[arg-type]
+        )
     task = make_task(Config(width=width, img_sizes=(size,)))
     state = make_state(fabric, scaler, task.config, task)
     if compiled:

@@ -1,15 +1,16 @@
 """How fast the parts are. Prints tables and asserts nothing.
 
-python benchmarks/throughput.py                              # the table of the network, with physical limits
-python benchmarks/throughput.py training --width 0.25 --compile         # one part of it, with other settings
-python benchmarks/throughput.py loader                      # on the digits
-python benchmarks/throughput.py gradcam                     # ten boxes of an image explained
-python benchmarks/throughput.py map                         # detections scored
-python benchmarks/throughput.py host                        # what a step costs besides the network
-python benchmarks/throughput.py epochs                      # what short epochs lose between them
-python benchmarks/throughput.py shared                      # a training beside other programs
-python benchmarks/throughput.py gpu --out card.json         # what the card at hand can do, in two minutes
-python benchmarks/throughput.py loader --data-root BCCD --config configs/voc.yaml --train-split trainval
+python benchmarks/throughput.py                         # the network's table, with physical limits
+python benchmarks/throughput.py training --width 0.25 --compile    # a part, with other settings
+python benchmarks/throughput.py loader                  # on the digits
+python benchmarks/throughput.py gradcam                 # ten boxes of an image explained
+python benchmarks/throughput.py map                     # detections scored
+python benchmarks/throughput.py host                    # what a step costs besides the network
+python benchmarks/throughput.py epochs                  # what short epochs lose between them
+python benchmarks/throughput.py shared                  # a training beside other programs
+python benchmarks/throughput.py gpu --out card.json     # what the card can do, in two minutes
+python benchmarks/throughput.py loader --data-root BCCD --config configs/voc.yaml \\
+    --train-split trainval
 """
 
 import sys
@@ -78,7 +79,12 @@ def _train_batches(dataset: object, args: Config, workers: int) -> Iterator[int]
     from yolo.data.samples import MosaicCollate, TrainSamples, init_worker
 
     cv2.setNumThreads(0)
-    sampler = MultiSizeBatchSampler(len(dataset), args.batch_size, args.img_sizes, args.seed)  # type: ignore
+    sampler = MultiSizeBatchSampler(
+        len(dataset),  # type: ignore[arg-type]
+        args.batch_size,  # type: ignore[arg-type]
+        args.img_sizes,
+        args.seed,
+    )
     loader = DataLoader(
         TrainSamples(dataset, args, args.seed),  # type: ignore[arg-type]
         batch_sampler=sampler,  # type: ignore[arg-type]
@@ -163,7 +169,7 @@ class GradcamArgs:
 
 
 def bench_gradcam(words: Sequence[str]) -> None:
-    """Print the seconds of a forward and all its boxes explained, beside the library once per box."""
+    """Print the seconds of a forward and all boxes explained, beside the library once per box."""
     args = cli.parse(GradcamArgs, words, "Seconds for an image with all its boxes explained.")
     import explaining
 

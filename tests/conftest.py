@@ -30,7 +30,7 @@ def voc_root() -> Path:
 
 @pytest.fixture(scope="session")
 def cifar10_root() -> Path:
-    """The folder of the official binary CIFAR-10 (`cifar-10-batches-bin/`) that CIFAR10_ROOT names."""
+    """Folder of the official binary CIFAR-10 (`cifar-10-batches-bin/`) that CIFAR10_ROOT names."""
     return _real_data("CIFAR10_ROOT")
 
 
@@ -46,7 +46,7 @@ def tiny_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A configuration of 12 optimizer steps that take a second: 24 small digit scenes, a narrow network."""
+    """A configuration of 12 steps that take a second: 24 small digit scenes, a narrow network."""
     from yolo.data.digits import write_digits
 
     folder = tmp_path_factory.mktemp("tiny")

@@ -99,7 +99,7 @@ def poison_after_step(step: int) -> None:
 
 
 def kill_in_save(moment: str, step: int) -> None:
-    """Die inside the save of a step: at half the `write`, before `fsync`, before `rename`, or when `done`."""
+    """Die in a step's save: at half the `write`, before `fsync` or `rename`, or when `done`."""
     suffix = f"step{step:06d}"
     torch_save, flush, replace = torch.save, files.flush_to_disk, os.replace
 
@@ -145,7 +145,7 @@ def save_slowly(seconds: float, then: Callable[[], None] = lambda: None) -> None
 
 
 def limit_file_size(num_bytes: int) -> None:
-    """Let writing fail beyond a size, as on a full disk; root ignores file permissions, but not this."""
+    """Let writing fail beyond a size, as on a full disk; file permissions do not stop root."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
 
 

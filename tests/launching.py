@@ -1,4 +1,4 @@
-"""Training as real processes for the tests, forked from one server that has already imported everything."""
+"""Real training processes for the tests, forked from one server that has imported everything."""
 
 import multiprocessing
 import os

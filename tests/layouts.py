@@ -103,7 +103,10 @@ def roboflow(root: Path) -> None:
     """`train/images` and a `data.yaml` whose paths start one folder too high."""
     pairs(root, "{split}/images", "{split}/labels")
     (root / "val").rename(root / "valid")
-    text = f"train: ../train/images\nval: ../valid/images\ntest: ../test/images\nnc: 3\nnames: {[*NAMES]}\n"
+    text = (
+        "train: ../train/images\nval: ../valid/images\ntest: ../test/images\n"
+        f"nc: 3\nnames: {[*NAMES]}\n"
+    )
     write_text(root / "data.yaml", text)
 
 

@@ -12,7 +12,7 @@ DIGITS = tuple("0123456789")
 
 
 def lively_detector(width: float = 0.125, size: int = 128) -> LoadedWeights:
-    """An untrained detector whose raw outputs are spread like those of a trained one: it finds things."""
+    """An untrained detector with raw outputs spread like a trained one's: it finds things."""
     torch.manual_seed(0)
     config = Config(width=width, img_sizes=(size,), test_size=size)
     model = YoloV3(len(DIGITS), width).eval()

@@ -1,4 +1,4 @@
-"""The README and docs/: their links lead somewhere, and their commands name files and flags that exist."""
+"""The README and docs/: links lead somewhere, and commands name files and flags that exist."""
 
 import re
 import subprocess

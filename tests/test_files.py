@@ -1,4 +1,4 @@
-"""Files of strangers: what would never end or never fit is refused, and no error hurts a terminal."""
+"""Strangers' files: what would never end or fit is refused, and no error hurts a terminal."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Runs, checkpoints and weight files of earlier versions load, go on, and give their old figures."""
+"""Runs, checkpoints and weight files of older versions load, go on, and give their old figures."""
 
 import json
 import lzma
@@ -22,7 +22,7 @@ CPU = ["--accelerator", "cpu", "--precision", "32-true", "--workers", "0"]
 
 @pytest.fixture
 def old(tmp_path: Path, tiny_digits: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The files as they were, beside the data that they were made with, which is the working folder."""
+    """The files as they were, beside the data they were made with, in the working folder."""
     for source in (path for path in FIXTURES.rglob("*") if path.is_file()):
         target = tmp_path / source.relative_to(FIXTURES)
         target.parent.mkdir(parents=True, exist_ok=True)

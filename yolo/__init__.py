@@ -9,7 +9,7 @@ __all__ = ["Detector"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `Detector` when it is asked for: torch takes seconds, and `--help` needs none of it."""
+    """Import `Detector` when it is asked for: torch takes seconds, `--help` needs none of it."""
     if name == "Detector":
         from yolo.inference.predict import Detector
 

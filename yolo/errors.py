@@ -4,7 +4,7 @@ LONGEST_LINE = 1000  # characters
 
 
 def one_line(text: str) -> str:
-    """Return text with what no terminal should be sent escaped, and without the middle if it is long.
+    """Return text with what no terminal should get escaped, and without the middle if it is long.
 
     Names and lines from strangers' files stand in errors: they may hold anything.
     """
@@ -18,7 +18,7 @@ class UserError(Exception):
     """The user's data, files or machine are wrong: the scripts print one line and exit 1."""
 
     def __str__(self) -> str:
-        """Return the message; a loader's worker process sends it with its whole traceback before it."""
+        """Return the message; a loader's worker sends it with its whole traceback before it."""
         text = super().__str__().rsplit(f"{__name__}.{type(self).__name__}: ", 1)[-1]
         return one_line(text.strip())
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, text from any editor, and files that come with the package."""
+"""Files that appear whole or not at all, text from any editor, and the package's own files."""
 
 import json
 import math
@@ -20,10 +20,11 @@ MAX_YAML_PARTS = 1_000_000
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; what is written there becomes `path` when the block ends well.
+    """Yield a temporary path beside `path`; what it holds becomes `path` if the block ends well.
 
-    After any error the temporary file is gone and an older `path` is untouched. A kill can leave the
-    temporary file behind (`NAME.part`): nothing reads it, and the next write of that name replaces it.
+    After any error the temporary file is gone and an older `path` is untouched. A kill can leave
+    the temporary file behind (`NAME.part`): nothing reads it, and the next write of that name
+    replaces it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
@@ -48,7 +49,7 @@ def write_json(path: Path, content: Any) -> None:
 def free_path(
     wanted: Path, log: Callable[[str], None] = print, taken: Collection[Path] = ()
 ) -> Path:
-    """Return `wanted`, or the first of `NAME-2.SUFFIX`, `NAME-3.SUFFIX` ... that is free, and `log` that.
+    """Return `wanted` or the first free of `NAME-2.SUFFIX`, `NAME-3.SUFFIX` ..., and `log` that.
 
     Args:
         wanted: a file or folder to be written, which shall replace nothing.
@@ -64,7 +65,7 @@ def free_path(
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until the file or folder is on the disk: renamed earlier, it can survive a crash empty."""
+    """Wait until the file or folder is on disk: renamed earlier, it can survive a crash empty."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -113,8 +114,8 @@ def parse_yaml(text: str, loader: type[Any] = yaml.SafeLoader) -> Any:
     """Return what YAML says; few aliases can make a little text larger than any memory.
 
     Raises:
-        yaml.YAMLError: also for a value that no type can hold, for what is nested too deeply, contains
-            itself, or has too many parts once its aliases are followed.
+        yaml.YAMLError: also for a value that no type can hold, for what is nested too deeply,
+            contains itself, or has too many parts once its aliases are followed.
     """
     reader = loader(text)
     try:
@@ -153,7 +154,7 @@ def bundled(name: str) -> Path:
 
 
 def find(path: Path) -> Path:
-    """Return `path`; where it is `configs/voc.yaml` or the like and not in this folder, the bundled file."""
+    """Return `path`, or the bundled file for `configs/voc.yaml` and such not in this folder."""
     if path.parts[:1] in [("configs",), ("weights",), ("samples",)] and not path.exists():
         found = bundled(str(path))
         return found if found.exists() else path

@@ -27,7 +27,7 @@ def gate() -> threading.Event:
 
 @pytest.fixture
 def url(gate: threading.Event) -> Iterator[str]:
-    """Serve a page with a handler that waits at the gate, and one that fails with what it was given."""
+    """Serve a page with a handler that waits at the gate, and one that fails with its input."""
 
     def wait() -> None:
         gate.wait(60)

@@ -181,7 +181,7 @@ def _zip_of(path: Path, **files: bytes) -> Path:
 
 
 def _set_flags(path: Path, place: int, value: int) -> None:
-    """Change a byte of every entry of a zip: at 8 the flags (1: encrypted), at 10 the compression."""
+    """Change a byte of each zip entry: at 8 the flags (1: encrypted), at 10 the compression."""
     content = bytearray(path.read_bytes())
     for found in re.finditer(b"PK\1\2", bytes(content)):
         content[found.start() + place] = value

@@ -14,7 +14,8 @@ from yolo.runs.pretrained import init_weights
 
 WIDTH = 0.0625
 CLASSES = 4
-# Aladdin Persson's list: (channels, kernel, stride); "B" residual blocks, "S" a head, "U" upsampling
+# Aladdin Persson's list: (channels, kernel, stride); "B" residual blocks, "S" a head, "U"
+# upsampling
 CONFIG = [
     (32, 3, 1), (64, 3, 2), ["B", 1], (128, 3, 2), ["B", 2], (256, 3, 2), ["B", 8], (512, 3, 2),
     ["B", 8], (1024, 3, 2), ["B", 4], (512, 1, 1), (1024, 3, 1), "S", (256, 1, 1), "U",

@@ -1,4 +1,4 @@
-"""Advice follows from the figures of a run, names its command, and is never over three sentences."""
+"""Advice follows from a run's figures, names its command, and is never over three sentences."""
 
 import json
 import re

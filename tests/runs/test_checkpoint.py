@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there, checked when read, never overwritten, and pruned only when asked."""
+"""Checkpoints are whole or absent, checked when read, never overwritten, pruned only if asked."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""The mirror: every finished file arrives whole, whatever the far side does, and a run comes back from it."""
+"""The mirror: every finished file arrives whole, whatever the far side does; runs come back."""
 
 import threading
 import time
@@ -19,7 +19,7 @@ from yolo.runs.mirror import Mirror, bring_back, fetch_run, find_run
 
 
 class FlakyFileSystem(MemoryFileSystem):
-    """Object storage whose first `failures` uploads fail, and whose uploads can be held up by `gate`."""
+    """Object storage whose first `failures` uploads fail; `gate` can hold uploads up."""
 
     protocol = "flaky"
     failures = 0

@@ -1,4 +1,4 @@
-"""Stop anywhere, go on anywhere: interrupted runs end bit-identical to a run that was never stopped."""
+"""Stop anywhere, go on anywhere: interrupted runs end bit-identical to one never stopped."""
 
 import random
 import shutil

@@ -45,7 +45,7 @@ CPU = ["--workers", "0", "--accelerator", "cpu", "--precision", "32-true"]
 
 @pytest.fixture(scope="module")
 def weights(tiny_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained detector in a run folder: it says 0 everywhere, with each anchor by its own strength."""
+    """An untrained detector in a run folder says 0 everywhere, each anchor by its own strength."""
     torch.manual_seed(0)
     cfg = Config(
         data_root=str(tiny_digits),

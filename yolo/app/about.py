@@ -52,7 +52,8 @@ OWN_DATA = (
 HOW_TO_READ = """
 ### How to read a map
 
-The map (called Grad-CAM) shows *which places of the picture made the model say what it says*. **Red**
+The map (called Grad-CAM) shows *which places of the picture made the model say what it says*. \
+**Red**
 places mattered most, **blue** ones little, and where the picture looks untouched nothing mattered.
 Every map is scaled to its own strongest place: compare places within a map, never two maps.
 
@@ -84,7 +85,10 @@ def model_name(*models: LoadedWeights) -> str:
 
 
 def literal(text: Any) -> str:
-    """Return text from a weight file or a data set as Markdown that shows it as it is: no link, no markup."""
+    """Return text from a weight file or a data set as Markdown that shows it as it is.
+
+    Nothing in it becomes a link or markup.
+    """
     marks = re.sub(r"[&<>\[\]*`~$\\|_]", lambda mark: f"&#{ord(mark[0])};", str(text))
     return marks.replace("://", "&#58;//")
 
@@ -184,7 +188,10 @@ def _training(loaded: LoadedWeights) -> str:
     config, results = loaded.config, loaded.results
     sizes = ", ".join(map(str, config.img_sizes))
     facts = [
-        f"{config.epochs:g} epochs of `{_code(config.train_split)}` in batches of {config.batch_size}",
+        (
+            f"{config.epochs:g} epochs of `{_code(config.train_split)}` in batches of "
+            f"{config.batch_size}"
+        ),
         f"images of {sizes} pixels",
         f"Adam with one cycle up to a rate of {config.max_lr:g}",
     ]

@@ -244,6 +244,6 @@ def errors_text(samples: SampleSet | None) -> str:
     if not samples.misclassified:
         return f"Of {samples.tested:,} test pictures ({literal(samples.data)}), it got none wrong."
     return (
-        f"Of {samples.tested:,} test pictures ({literal(samples.data)}), the wrong answers of which it was "
-        "most sure. On the right of each the places that spoke for the wrong name."
+        f"Of {samples.tested:,} test pictures ({literal(samples.data)}), the wrong answers of "
+        "which it was most sure. On the right of each the places that spoke for the wrong name."
     )

@@ -411,8 +411,8 @@ def _caption(detection: Detection, name: str, explanation: Explanation) -> str:
         text = f"**{name}, {explanation.score:.0%} sure.** The red places {what}."
     elif detection.kind == "missed":
         text = (
-            f"**{name}, missed.** The red places look most like *{name}* to the model where it should "
-            f"have found one; it was {sure} sure."
+            f"**{name}, missed.** The red places look most like *{name}* to the model where it "
+            f"should have found one; it was {sure} sure."
         )
     else:
         text = (

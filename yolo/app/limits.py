@@ -1,4 +1,4 @@
-"""What an app that strangers call does not do: wait for one of them alone, or print what they wrote.
+"""What an app for strangers does not do: wait for one of them alone, or print what they wrote.
 
 Gradio limits its whole queue; here an address gets a part of it. And where Gradio, Uvicorn or
 asyncio would print a traceback, with the values of the call in it, the log gets one escaped line.

@@ -123,8 +123,8 @@ def serve(page: gr.Blocks, models: Mapping[str, Model], host: str | None, port: 
         if port is None or "port" not in str(error):
             raise
         raise UsageError(
-            f"--port {port}: another program listens there; name another port, or leave --port out for "
-            "the first free one from 7860"
+            f"--port {port}: another program listens there; name another port, or leave --port out "
+            "for the first free one from 7860"
         ) from None
 
 

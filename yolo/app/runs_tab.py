@@ -53,7 +53,7 @@ class RunsTab:
 
 
 def run_choices() -> list[tuple[str, str]]:
-    """Return the runs on this machine, the newest first: what they are called, and their folders."""
+    """Return the runs on this machine, newest first: what they are called, and their folders."""
     choices = []
     for folder in map(RunFolder, list_runs()):
         results: dict[str, Any] = {}

@@ -158,7 +158,7 @@ def rank_samples(samples: SampleSet, loaded: LoadedWeights) -> SampleSet:
 def _grade(
     explainer: DetectionExplainer, folder: Path, sample: Sample
 ) -> tuple[tuple[float, float], float]:
-    """Return how good a detector is on a sample (F1, mean score), and the share of what it misses."""
+    """Return how good a detector is on a sample (F1, mean score), and the share that it misses."""
     view = explainer.trace(read_picture(folder / sample.file), sample.annotation)
     things = explainer.detections(view, Thresholds(SHOWN_SCORE, explainer.default_iou))
     scores = [one.score for one in things if one.score is not None]

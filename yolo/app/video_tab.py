@@ -22,8 +22,8 @@ SAFE = {
 }
 PROGRESS = gr.Progress()  # Gradio looks for it among the defaults
 HELP = (
-    f"The first {MAX_FRAMES / MAX_RATE:.0f} seconds are looked at, {MAX_RATE:.0f} pictures in each; "
-    "sound is left out. On a computer without a graphics card that takes a minute or two."
+    f"The first {MAX_FRAMES / MAX_RATE:.0f} seconds are looked at, {MAX_RATE:.0f} pictures in "
+    "each; sound is left out. On a computer without a graphics card that takes a minute or two."
 )
 
 

@@ -128,7 +128,7 @@ def clear_on_failure(event: Any, upload: gr.Image) -> None:
 def samples_gallery(
     samples: SampleSet | None, numbers: Sequence[int] | None = None, label: str = "Or one of these"
 ) -> dict[str, Any]:
-    """Return the settings of a `gr.Dataset` of samples as thumbnails; a click hands over the place."""
+    """Return settings of a `gr.Dataset` of samples as thumbnails; a click hands over the place."""
     shown = samples.samples if samples else ()
     if numbers is not None:
         shown = tuple(shown[number] for number in numbers)

@@ -80,14 +80,14 @@ def _leads_upwards(path: Path) -> bool:
 
 
 def read_members(root: Path, wanted: Wanted) -> Members:
-    """Yield the wanted files of a folder, a tar (of any compression) or a zip, and how each is read.
+    """Yield the wanted files of a folder, a tar (any compression) or a zip, and how each is read.
 
-    Hidden files are left out. A file has to be read before the next one is asked for; reading raises
-    `UserError` for one that is damaged, locked, too large, a pipe or a device.
+    Hidden files are left out. A file has to be read before the next one is asked for; reading
+    raises `UserError` for one that is damaged, locked, too large, a pipe or a device.
 
     Raises:
-        UserError: if `root` is none of them, ends too early, or unpacks to what no archive of pictures
-            does.
+        UserError: if `root` is none of them, ends too early, or unpacks to what no archive of
+            pictures does.
     """
     try:
         check_regular(root)
@@ -227,7 +227,7 @@ class _Limit:
         self.unpacked += size
         if self.members > MAX_MEMBERS or self.unpacked > self.most:
             raise UserError(
-                f"{self.root}: is refused: {self.members:,} files of {self.unpacked / 1e9:.1f} GB and "
-                f"more in an archive of {self.root.stat().st_size / 1e6:.1f} MB; unpack it yourself if "
-                "you trust it"
+                f"{self.root}: is refused: {self.members:,} files of {self.unpacked / 1e9:.1f} GB "
+                f"and more in an archive of {self.root.stat().st_size / 1e6:.1f} MB; unpack it "
+                "yourself if you trust it"
             )

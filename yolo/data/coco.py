@@ -111,7 +111,7 @@ def _images_by_name(root: Path) -> dict[str, list[Path]]:
 
 
 def _find(places: dict[str, list[Path]], beside: Path, root: Path, file_name: str) -> Path:
-    """Return the image of that name: beside the JSON, or else where the longest end of its path agrees."""
+    """Return an image by name: beside the JSON, else where the longest end of its path agrees."""
     name = PurePosixPath(file_name.replace("\\", "/"))
     if isfile(beside / name):
         return beside / name

@@ -378,7 +378,12 @@ def check_pixels(path: PurePath, encoded: bytes) -> None:
 
 
 def _read_header(file: Path | BytesIO) -> _Header:
-    """Read a header; `OSError` if it is of no image, `DecompressionBombError` if it is Pillow's limit."""
+    """Read the header of an image.
+
+    Raises:
+        OSError: if it is of no image.
+        DecompressionBombError: if it is over Pillow's limit.
+    """
     try:
         with Image.open(file) as image:
             width, height = image.size
@@ -437,7 +442,7 @@ def decode_rgb(
 
 
 def holds_12_bits(encoded: np.ndarray) -> bool:
-    """Return whether an image file for 16 bits holds 12, as of many cameras: else they are black."""
+    """Return whether an image file for 16 bits holds 12, as of many cameras: else it is black."""
     image = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED)
     return image is not None and image.dtype == np.uint16 and 255 < image.max() <= 4095
 
@@ -473,7 +478,10 @@ def _remarks_on(image: RawAnnotation, header: _Header, follow_exif: bool) -> Ite
         if is_turned:
             yield "pictures are turned as their EXIF tag says"
         else:
-            yield "pictures have an EXIF tag that turns them, but are read as stored, as VOC's boxes are"
+            yield (
+                "pictures have an EXIF tag that turns them, but are read as stored, as VOC's boxes "
+                "are"
+            )
     if header.is_deep and holds_12_bits(np.fromfile(image.image, np.uint8)):
         yield "pictures hold 12 bits in a file for 16 and are read so"
 

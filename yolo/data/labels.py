@@ -1,4 +1,4 @@
-"""Writes boxes as the label files that annotation tools and `train.py` read: YOLO, VOC XML or COCO JSON."""
+"""Writes boxes as files that annotation tools and `train.py` read: YOLO, VOC XML or COCO JSON."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -155,7 +155,7 @@ def recognise(root: Path, dataset: str | None = None) -> Reading:
 
 
 def _named_by_file(file: Path) -> Reading:
-    """Return the reading that a file (`data.yaml`, `obj.data`, `train.txt`, COCO JSON) stands for."""
+    """Return the reading a file (`data.yaml`, `obj.data`, `train.txt`, COCO JSON) stands for."""
     root = file.parent
     if root.name == "annotations" and file.suffix.lower() == ".json":
         root = root.parent  # the pictures lie beside that folder
@@ -174,8 +174,9 @@ def _named_by_file(file: Path) -> Reading:
             found = []
     if not found:
         raise UserError(
-            f"--data-root {file}: is none of the files that describe a data set (data.yaml, obj.data, "
-            "a list of pictures, COCO JSON) and no zip or tar; name the folder that it lies in"
+            f"--data-root {file}: is none of the files that describe a data set (data.yaml, "
+            "obj.data, a list of pictures, COCO JSON) and no zip or tar; name the folder that it "
+            "lies in"
         )
     return found[0]
 
@@ -203,7 +204,7 @@ def role_of(words: Iterable[str]) -> str | None:
 
 
 def find_yolo(listing: Listing) -> Iterator[Reading]:
-    """Find label files of lines `class cx cy width height`; a file that names splits comes first."""
+    """Find label files of lines `class cx cy width height`; a file naming splits comes first."""
     yaml_files = [path for path in listing.with_suffix(".yaml", ".yml") if len(path.parts) == 1]
     yield from (
         [*_data_yaml(listing, yaml_files)]
@@ -214,7 +215,7 @@ def find_yolo(listing: Listing) -> Iterator[Reading]:
 
 
 def _data_yaml(listing: Listing, files: Sequence[PurePosixPath]) -> Iterator[Reading]:
-    """Read `path`, `train`, `val`, `test` (each a path or a list) of a file that has `names`, too."""
+    """Read `path`, `train`, `val`, `test` (paths or lists) of a file that has `names`, too."""
     for file in files:
         content = load_yaml(listing.root / file)
         if not isinstance(content, dict) or not content.get("names"):
@@ -389,7 +390,7 @@ def _head(listing: Listing, path: PurePosixPath) -> str:
 
 
 def _devkit(listing: Listing, years: list[str], evidence: str, *, is_voc: bool) -> Reading:
-    """Return the official reading of a devkit: trainval of all years, the test of those that have one."""
+    """Return a devkit's official reading: trainval of all years, test of those that have one."""
 
     def with_list(subset: str) -> str | None:
         main = [path for path in listing.with_suffix(".txt") if path.stem == subset]
@@ -447,7 +448,7 @@ def _coco(listing: Listing, files: Sequence[PurePosixPath]) -> Iterator[Reading]
 
 
 def find_class_folders(listing: Listing) -> Iterator[Reading]:
-    """Find a folder of pictures for each class, in `train/`, `test/` or without splits; no labels."""
+    """Find a folder of pictures per class, in `train/`, `test/` or without splits; no labels."""
     kinds = {path.suffix.lower() for path in listing.files}
     has_labels = any(path.with_suffix(".txt") in listing.known for path in listing.images)
     if has_labels or kinds & {".xml", ".json"} or "labels" in {p.parts[0] for p in listing.files}:

@@ -43,7 +43,8 @@ _named: set[Path] = set()  # in this process
 def decode_and_name(dataset: DetectionDataset, index: int, min_side: int) -> np.ndarray:
     """Decode an image; name it once on stderr if the decoder complains, which names no file.
 
-    A JPEG that lost bytes in the middle decodes all the same, in part grey. For one thread at a time.
+    A JPEG that lost bytes in the middle decodes all the same, in part grey. For one thread at a
+    time.
     """
     if dataset.cache is not None:
         return dataset.image(index)

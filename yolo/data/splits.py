@@ -30,7 +30,7 @@ def draw(split: str, fraction: float) -> tuple[str, str]:
 
 
 def parse_split(split: str) -> tuple[str, Share | None]:
-    """Return the split as the data set knows it, and the share of it that is meant; None for all."""
+    """Return the split as the data set knows it, and the share of it meant; None for all."""
     match = DRAWN.fullmatch(split)
     if match is None or bool(match["first"]) == bool(match["rest"]):
         return split, None

@@ -1,4 +1,4 @@
-"""The augmentations of a detector's training canvas, by albumentations, with the sample's random stream."""
+"""Augments a detector's training canvas by albumentations, with the sample's random stream."""
 
 import math
 import os
@@ -29,7 +29,7 @@ class Canvas(NamedTuple):
 
 
 class Affine(A.Affine):
-    """Warps four channels: OpenCV takes a third of the time that three cost it, to the same bits."""
+    """Warps four channels: OpenCV takes a third of the time of three, to the same bits."""
 
     def apply(self, img: np.ndarray, *args: Any, **params: Any) -> np.ndarray:
         """Warp an RGB image [H, W, 3]."""

@@ -65,7 +65,7 @@ def _xml_of_list(root: Path, part: str) -> dict[str, Path]:
 
 
 def _xml_folder(root: Path, part: str) -> dict[str, Path]:
-    """Return the annotation files of a folder that a split names by its path; none if it does not."""
+    """Return the annotation files of a folder that a split names by path; none if it does not."""
     if ":" in part or (root / "ImageSets" / "Main" / f"{part}.txt").is_file():
         return {}
     prefix = "" if part in ("", ".", "Annotations") else f"{part}/"

@@ -87,8 +87,8 @@ def read_yolo_folder(
         notices = [line for part in parts.values() for line in part[2]]
     if not where:
         raise UserError(
-            f"split '{split}': no folder {root / 'images' / split} or {root / split / 'images'}, and "
-            f"no list {root / split}.txt; {root} holds: {_listed(root.glob('*'))}"
+            f"split '{split}': no folder {root / 'images' / split} or {root / split / 'images'}, "
+            f"and no list {root / split}.txt; {root} holds: {_listed(root.glob('*'))}"
         )
     if pairs and not any(isfile(labels) for _, labels in pairs.values()):
         image, labels = next(iter(pairs.values()))

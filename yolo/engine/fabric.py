@@ -146,7 +146,7 @@ def wait_at_most(fabric: Fabric, seconds: float) -> None:
 
 
 def lost_link(error: RuntimeError) -> UserError | None:
-    """Return what to tell of an error that another rank's end or silence raised; None for others."""
+    """Return what to tell of an error raised by another rank's end or silence; None for others."""
     if not isinstance(error, dist.DistError) and "gloo" not in str(error):
         return None
     reason = str(error).strip().splitlines()[0]

@@ -99,7 +99,7 @@ def _worker_settings(
 
 
 def start_worker(worker_id: int) -> None:
-    """Prepare a worker process; freed images keep their memory, or each would have it cleared anew."""
+    """Prepare a worker process; freed images keep their memory, or each would have it cleared."""
     keep_freed_memory()
     init_worker(worker_id)
 

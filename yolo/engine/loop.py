@@ -152,8 +152,8 @@ def _told(error: RuntimeError, cfg: Config, run: Run) -> UserError | None:
     if "DataLoader worker" in str(error):
         saved = run.last_checkpoint.name if run.last_checkpoint else "the start"
         return UserError(
-            f"{str(error).strip()} Mostly it lacked memory: use fewer --workers or --cache none, and "
-            f"go on from {saved} with --resume {run.folder.path}"
+            f"{str(error).strip()} Mostly it lacked memory: use fewer --workers or --cache none, "
+            f"and go on from {saved} with --resume {run.folder.path}"
         )
     return lost_link(error)
 

@@ -1,4 +1,4 @@
-"""What fits: a smaller batch, then smaller images, where the free memory does not hold the asked for.
+"""What fits: a smaller batch, then smaller images, where free memory does not hold the asked for.
 
 A trial would be killed where a computer has no more; so what a step needs is reckoned before.
 """
@@ -15,8 +15,8 @@ from yolo.engine.fabric import Fabric, gather, pick_precision, ranks_per_node
 from yolo.models.build import build_model
 from yolo.models.yolov3 import STRIDES
 
-# of what the forward pass keeps for the backward pass: gradients of activations, workspaces, batches
-# in flight. EfficientNet-Lite2, batch 16 at 416 px: 6.3 GB kept, 9.3 GB used
+# of what the forward pass keeps for the backward pass: gradients of activations, workspaces,
+# batches in flight. EfficientNet-Lite2, batch 16 at 416 px: 6.3 GB kept, 9.3 GB used
 OVERHEAD = 1.5
 PER_PARAMETER = 20  # bytes: weight, gradient, two moments, average
 BASE = 1e9  # bytes: libraries, workers
@@ -27,7 +27,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def fit_memory(fabric: Fabric, cfg: Config) -> Config:
-    """Return the configuration with a batch and image sizes that the free memory of each rank holds."""
+    """Return the configuration with batch and image sizes that each rank's free memory holds."""
     free = min(gather(fabric, free_bytes(fabric.device)))
     model = build_model(cfg, 20)
     ranks = ranks_per_node(fabric, cfg) if fabric.device.type == "cpu" else 1
@@ -46,13 +46,14 @@ def fit_memory(fabric: Fabric, cfg: Config) -> Config:
     sizes = ",".join(map(str, chosen.img_sizes))
     fabric.print(
         f"memory       {free / 1e9:.1f} GB free, {need(chosen) / 1e9:.1f} GB needed: "
-        f"--batch-size {chosen.batch_size} --img-sizes {sizes} --test-size {chosen.resolved_test_size}"
+        f"--batch-size {chosen.batch_size} --img-sizes {sizes} --test-size "
+        f"{chosen.resolved_test_size}"
     )
     return chosen
 
 
 def smaller(cfg: Config, shares: int) -> list[Config]:
-    """Return the configuration, then with halved batches, then with images of 3/4 and half the side."""
+    """Return the configuration, then with halved batches, then images of 3/4 and half the side."""
     batch = int(cfg.batch_size)
     batches = [batch >> halving for halving in range(8) if batch >> halving >= SMALLEST_BATCH]
     batches = [size for size in batches if size % shares == 0] or [batch]
@@ -71,7 +72,7 @@ def smaller(cfg: Config, shares: int) -> list[Config]:
 
 
 def kept_bytes_per_pixel(model: nn.Module) -> float:
-    """Return what a forward pass keeps for the backward pass, for a pixel of one image, in float32."""
+    """Return what a forward pass keeps for the backward pass, per image pixel, in float32."""
     kept = []
     for side in (64, 128):
         storages: dict[int, int] = {}
@@ -89,7 +90,7 @@ def kept_bytes_per_pixel(model: nn.Module) -> float:
 
 
 def free_bytes(device: torch.device) -> float:
-    """Return the memory that is free: the GPU's, or this machine's within the limit of a container."""
+    """Return the free memory: the GPU's, or this machine's within the limit of a container."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     free = float(psutil.virtual_memory().available)

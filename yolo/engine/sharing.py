@@ -17,7 +17,7 @@ from yolo.engine.fabric import Fabric, ranks_per_node
 
 SECONDS = 1.0  # between two looks at the machine
 LOOKS = 3  # in a row that have to find room before a thread is taken back
-# of a core that others may use: a thread is given up above the first and taken back below the second
+# of a core that others may use: a thread is given up above the first, taken back below the second
 TAKEN, FREE = 0.4, 0.25
 
 
@@ -34,12 +34,12 @@ class Threads:
 
     @classmethod
     def of(cls, fabric: Fabric, cfg: HardwareConfig) -> "Threads":
-        """Return those of this process; they adapt unless `--threads` is a number or other ranks compute."""
+        """Return this process's; they adapt with `--threads auto` if no other rank computes."""
         alone = fabric.device.type == "cpu" and ranks_per_node(fabric, cfg) == 1
         return cls(torch.get_num_threads(), adapts=cfg.threads == "auto" and alone)
 
     def adapt(self) -> str | None:
-        """Look at the machine, once a second; return what was changed, in words, if anything was."""
+        """Look at the machine, once a second; return in words what was changed, if anything."""
         if not self.adapts or (used := self.others()) is None:
             return None
         cores = psutil.cpu_count() or self.most
@@ -49,7 +49,10 @@ class Threads:
         self.roomy_looks = self.roomy_looks + 1 if roomy else 0
         if room == self.count or (room > self.count and self.roomy_looks < LOOKS):
             return None
-        change = f"{room} instead of {self.count} threads: other programs use {used:.1f} of {cores} cores"
+        change = (
+            f"{room} instead of {self.count} threads: other programs use {used:.1f} of {cores} "
+            "cores"
+        )
         self.take(room)
         return change
 

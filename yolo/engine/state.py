@@ -46,7 +46,7 @@ class State:
         self.norms = [norm for norm in modules if getattr(norm, "running_mean", None) is not None]
 
     def statistics(self) -> list[Tensor]:
-        """Return the running means and variances that a step changes: not those of a frozen part."""
+        """Return the running means and variances that a step changes: not a frozen part's."""
         norms = [norm for norm in self.norms if norm.training]
         return [value for norm in norms for value in (norm.running_mean, norm.running_var)]
 

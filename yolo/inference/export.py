@@ -1,8 +1,8 @@
 """A trained network as ONNX, with what others need to use it alone.
 
 `images` [B, 3, H, W] in [0, 1] become `boxes` and `scores` of every prediction, or with suppression
-inside the `boxes`, `scores` and `labels` of what was found on one image. The metadata say how to make
-`images` from a picture, and all else that reading the output needs, as JSON.
+inside the `boxes`, `scores` and `labels` of what was found on one image. The metadata say how to
+make `images` from a picture, and all else that reading the output needs, as JSON.
 """
 
 import contextlib

@@ -141,8 +141,8 @@ class Detector:
 
         Args:
             images: paths, or pixels [H, W, 3] uint8 RGB of any size; one, or a list of either.
-            score_threshold: lowest score, in [0, 1]; by default the one at the model's best F1 where
-                the weights carry it, else 0.3.
+            score_threshold: lowest score, in [0, 1]; by default the one at the model's best F1
+                where the weights carry it, else 0.3.
             iou_threshold: overlap above which non-maximum suppression drops the weaker box of a
                 class; by default that of the training's configuration.
 

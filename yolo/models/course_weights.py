@@ -1,8 +1,9 @@
 """Checkpoints of the course's own YOLOv3 code, by their names.
 
-That code (a list of `layers` after `config`, as in Aladdin Persson's YOLOv3) has the same convolutions
-in the same order. Its heads give `objectness, tx, ty, tw, th, classes`, ours objectness last of the
-five; the last convolution of a head carries a batch normalisation that is never used.
+That code (a list of `layers` after `config`, as in Aladdin Persson's YOLOv3) has the same
+convolutions in the same order. Its heads give `objectness, tx, ty, tw, th, classes`, ours
+objectness last of the five; the last convolution of a head carries a batch normalisation that is
+never used.
 """
 
 import re
@@ -21,8 +22,9 @@ def from_course(model: YoloV3, state: Mapping[str, Tensor]) -> dict[str, Tensor]
 
     Args:
         model: gives the names; its shapes are not compared.
-        state: by the names `layers.0.conv.weight`, `layers.0.bn.weight`, `layers.2.layers.0.1.conv.weight`,
-            `layers.15.pred.1.conv.bias` and so on, after any prefix.
+        state: by the names `layers.0.conv.weight`, `layers.0.bn.weight`,
+            `layers.2.layers.0.1.conv.weight`, `layers.15.pred.1.conv.bias` and so on, after any
+            prefix.
     """
     found = [name for name in state if CONVOLUTION.fullmatch(name)]
     found.sort(key=lambda name: [int(part) for part in re.findall(r"\d+", name)])

@@ -5,8 +5,9 @@ of images seen (int64 from version 0.2 on, int32 before), then little-endian flo
 with batch normalisation stores bias, scale, running mean and running variance, then the kernel; the
 last convolution of a head its bias, then the kernel. The channels of its heads are in our order
 (`tx, ty, tw, th, objectness, classes` per anchor), but its classes are trained as independent
-sigmoids, and its batch normalisation is scale (x - mean) / (sqrt(variance) + 1e-6) + bias (`blas.c`,
-`normalize_cpu`), where torch takes sqrt(variance + 1e-5): the scale makes up for that, both ways.
+sigmoids, and its batch normalisation is scale (x - mean) / (sqrt(variance) + 1e-6) + bias
+(`blas.c`, `normalize_cpu`), where torch takes sqrt(variance + 1e-5): the scale makes up for that,
+both ways.
 """
 
 import struct

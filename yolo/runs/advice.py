@@ -21,7 +21,7 @@ FALSE = 0.5  # precision
 
 
 def training_facts(dataset: Any, test_size: int) -> dict[str, Any]:
-    """Return what the advice needs to know of the training pictures: `boxes` by class, `small` share."""
+    """Return what the advice needs of the training pictures: `boxes` by class, `small` share."""
     notes = getattr(dataset, "annotations", ())
     if not notes:
         return {}
@@ -68,8 +68,9 @@ def _too_short(
     before, last = max(tests[: -(len(tests) // 3)]), tests[-1]
     if last == max(tests) and last - before > STILL_RISES:
         yield (
-            f"mAP still rose in the last third of the run ({before:.3f} to {last:.3f}): train longer, "
-            f"python train.py --resume {folder.path} --epochs {2 * config['epochs']:g} --replan"
+            f"mAP still rose in the last third of the run ({before:.3f} to {last:.3f}): train "
+            f"longer, python train.py --resume {folder.path} --epochs {2 * config['epochs']:g} "
+            "--replan"
         )
 
 
@@ -81,9 +82,9 @@ def _overfitted(config: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -
     ratio = tested[-1] / max(float(np.mean(trained[-5:])), 1e-9)
     if ratio > FAR_ABOVE:
         yield (
-            f"the loss on validation pictures is {ratio:.1f} times that on training pictures, which are "
-            "known by heart: add pictures, or train for less, python train.py --data-root "
-            f"{config['data_root']} --epochs {config['epochs'] / 2:g}"
+            f"the loss on validation pictures is {ratio:.1f} times that on training pictures, "
+            "which are known by heart: add pictures, or train for less, python train.py "
+            f"--data-root {config['data_root']} --epochs {config['epochs'] / 2:g}"
         )
 
 
@@ -92,8 +93,8 @@ def _few_boxes(config: Mapping[str, Any], training: Mapping[str, Any]) -> Iterat
     rare = min(boxes, key=lambda name: boxes[name], default=None)
     if rare is not None and boxes[rare] < FEW_BOXES:
         yield (
-            f"{rare} has {boxes[rare]} boxes to learn from: label more of it ({FEW_BOXES} at least); "
-            f"python train.py --data-root {config['data_root']} --check-data counts them"
+            f"{rare} has {boxes[rare]} boxes to learn from: label more of it ({FEW_BOXES} at "
+            f"least); python train.py --data-root {config['data_root']} --check-data counts them"
         )
 
 
@@ -102,8 +103,8 @@ def _small_boxes(config: Mapping[str, Any], training: Mapping[str, Any]) -> Iter
         sizes = [min(2 * size, 832) for size in config["img_sizes"][-2:]]
         test_size = max(sizes)
         yield (
-            f"{training['small']:.0%} of the boxes are under {SMALL_SIDE:g} pixels wide for the network, "
-            "less than its anchors: show it larger pictures, python train.py --data-root "
+            f"{training['small']:.0%} of the boxes are under {SMALL_SIDE:g} pixels wide for the "
+            "network, less than its anchors: show it larger pictures, python train.py --data-root "
             f"{config['data_root']} --img-sizes {','.join(map(str, sizes))} --test-size {test_size}"
         )
 
@@ -116,6 +117,7 @@ def _false_boxes(folder: RunFolder, results: Mapping[str, Any]) -> Iterator[str]
     threshold = shown.get("score_threshold", best)
     higher = max(best, min(0.95, threshold + 0.2))
     yield (
-        f"of the boxes shown from a confidence of {threshold:.2f} on, {precision:.0%} are right: show "
-        f"fewer, python evaluate.py --checkpoint {folder.path} --images DIR --score-threshold {higher:.2f}"
+        f"of the boxes shown from a confidence of {threshold:.2f} on, {precision:.0%} are right: "
+        f"show fewer, python evaluate.py --checkpoint {folder.path} --images DIR --score-threshold "
+        f"{higher:.2f}"
     )

@@ -1,8 +1,8 @@
 """Checkpoints that never overwrite one another, and the small weight files that are made from them.
 
-A checkpoint (`epoch012-step004321-lr3.412e-04.ckpt`) is a dict of tensors and plain types, read with
-`weights_only=True`. A weight file (`.safetensors`) holds the averaged weights alone; its metadata carries
-all that inference needs.
+A checkpoint (`epoch012-step004321-lr3.412e-04.ckpt`) is a dict of tensors and plain types, read
+with `weights_only=True`. A weight file (`.safetensors`) holds the averaged weights alone; its
+metadata carries all that inference needs.
 """
 
 import hashlib
@@ -85,8 +85,8 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     except (OSError, RuntimeError) as error:
         reason = error.__context__ or error  # torch's writer hides the disk's error behind its own
         raise UserError(
-            f"cannot write {path} ({reason}); earlier checkpoints are untouched: free some space and "
-            "--resume, or continue in another --out-dir"
+            f"cannot write {path} ({reason}); earlier checkpoints are untouched: free some space "
+            "and --resume, or continue in another --out-dir"
         ) from error
 
 
@@ -94,7 +94,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU and check it.
 
     Raises:
-        UserError: if the file is missing, damaged, no checkpoint of ours, or of another format version.
+        UserError: if the file is missing, damaged, no checkpoint of ours, or of another format
+            version.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
@@ -129,7 +130,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def content_digest(content: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a nested dict of tensors and plain types, independent of how it is stored."""
+    """Return the SHA-256 of a nested dict of tensors and plain types, however it is stored."""
     digest = hashlib.sha256()
     for part in _parts(content):
         digest.update(part)
@@ -137,7 +138,7 @@ def content_digest(content: Mapping[str, Any]) -> str:
 
 
 def find_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """Read the newest intact checkpoint of a folder, None if there is none at all; `warn` of damaged ones.
+    """Read a folder's newest intact checkpoint, None if it holds none; `warn` of damaged ones.
 
     Raises:
         UserError: if there are checkpoints and all are damaged.
@@ -165,8 +166,8 @@ def prune_checkpoints(folder: Path, keep: int) -> list[Path]:
 def set_aside(folder: Path, step: int) -> list[Path]:
     """Rename the checkpoints after `step` to `NAME.aside`; return the old names.
 
-    They are damaged, or of a course that was given up. Training will come to their steps again, and a
-    checkpoint never overwrites another.
+    They are damaged, or of a course that was given up. Training will come to their steps again, and
+    a checkpoint never overwrites another.
     """
     paths = [path for path in list_checkpoints(folder) if step_of(path) > step]
     for path in paths:
@@ -219,9 +220,9 @@ def save_weights(
         tensors[name] = value.half() if value.is_floating_point() else value
         if not tensors[name].isfinite().all():
             raise UserError(
-                f"{path}: {name} holds values up to {value.abs().max():.3g}, half precision ends at "
-                f"{torch.finfo(torch.half).max:.0f}: nothing was written; export to .onnx, which keeps "
-                "them"
+                f"{path}: {name} holds values up to {value.abs().max():.3g}, half precision ends "
+                f"at {torch.finfo(torch.half).max:.0f}: nothing was written; export to .onnx, "
+                "which keeps them"
             )
     metadata = {
         "format_version": str(WEIGHTS_VERSION),
@@ -289,7 +290,7 @@ def resolve_checkpoint(path: str | Path | None = None, *, last: bool = False) ->
 
 
 def load_weights(path: Path) -> LoadedWeights:
-    """Read a `.ckpt` (its averaged weights) or a `.safetensors` file for inference, on the CPU in float32.
+    """Read a `.ckpt` (averaged weights) or `.safetensors` for inference, on the CPU in float32.
 
     Raises:
         UserError: if the file is missing, damaged or not ours.
@@ -334,7 +335,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+            # safe_open is no dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # on damaged bytes it raises all sorts
         raise UserError(f"{path}: is damaged or no safetensors file ({error})") from None
     if not metadata.keys() & {"format_version", "config", "digest"}:
@@ -358,7 +360,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _results_of_run(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the `results.json` of the run that a checkpoint ended; nothing for an earlier checkpoint."""
+    """Return the `results.json` of the run that a checkpoint ended; nothing for an earlier one."""
     file = path.absolute().parent.parent / "results.json"
     try:
         results = json.loads(file.read_text())

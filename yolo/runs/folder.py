@@ -51,7 +51,8 @@ class RunFolder:
     def write_config(self, config: Config) -> None:
         """Store the configuration so that `--config` can read it back.
 
-        `max_steps` stays out: it ends one start of the run, and a later one shall be able to go further.
+        `max_steps` stays out: it ends one start of the run, and a later one shall be able to go
+        further.
         """
         values = {key: value for key, value in config.to_dict().items() if key != "max_steps"}
         text = yaml.safe_dump(values, sort_keys=False)
@@ -71,7 +72,7 @@ class RunFolder:
         return read_yaml(self.config), intact
 
     def state(self) -> tuple[tuple[str, int], ...]:
-        """Return names and sizes of what a training writes here: they tell whether one has been at work."""
+        """Return names and sizes of what a training writes here: they tell if one was at work."""
         files = [self.config, self.metrics, *list_checkpoints(self.checkpoints)]
         return tuple((file.name, file.stat().st_size) for file in files if file.exists())
 
@@ -96,7 +97,10 @@ class RunFolder:
         return lock
 
     def schedules(self) -> list[Path]:
-        """Return the schedule files, newest first: `schedule-3.txt`, `schedule-2.txt`, `schedule.txt`."""
+        """Return the schedule files, newest first.
+
+        As in `schedule-3.txt`, `schedule-2.txt`, `schedule.txt`.
+        """
         numbered = (
             path
             for path in self.path.glob("schedule-*.txt")
@@ -125,7 +129,7 @@ class Launch:
         folder.launch.write_text(f"{self.run_id} {self.agent}")
 
     def wrote(self, folder: RunFolder) -> bool:
-        """Whether it has written here: the first node's agent did, the others only share its run id."""
+        """Whether it wrote here: the first node's agent did, the others only share its run id."""
         if not folder.launch.exists():
             return False
         run_id, _, agent = folder.launch.read_text().rpartition(" ")
@@ -199,16 +203,18 @@ def plan_run(
     folder = RunFolder(Path(out_dir))
     if folder.holds_a_run and resume is None:
         raise UsageError(
-            f"--out-dir {out_dir} holds a run: continue it with --resume auto, or choose another folder"
+            f"--out-dir {out_dir} holds a run: continue it with --resume auto, or choose another "
+            "folder"
         )
     return RunPlan(folder, resume == "auto", launch=launch)
 
 
 def _named_run(source: Path, out_dir: str | None) -> tuple[RunFolder, Path | None]:
-    """Return where to go on with what `--resume` names, and the checkpoint unless it is the newest there."""
+    """Return where `--resume` goes on, and with which checkpoint unless it is the newest there."""
     if not source.exists():
         raise UsageError(
-            f"--resume {source}: no such checkpoint or run folder; --resume auto looks for the newest"
+            f"--resume {source}: no such checkpoint or run folder; --resume auto looks for the "
+            "newest"
         )
     if source.is_dir() and not list_checkpoints(RunFolder(source).checkpoints):
         raise UsageError(
@@ -265,7 +271,7 @@ def note_run(config_name: str, folder: Path) -> None:
 
 
 def list_runs() -> list[Path]:
-    """Return the run folders started from here that hold checkpoints, the one last saved to first."""
+    """Return the run folders started from here that hold checkpoints, last saved to first."""
     folders = {*RUNS.glob("*"), *(Path(folder) for _, _, folder in _index())}
     saved: dict[Path, float] = {}
     for run in {folder.resolve(): folder for folder in sorted(folders)}.values():
@@ -284,7 +290,7 @@ def _digest_line(text: str) -> str:
 
 
 def run_of(path: Path) -> RunFolder | None:
-    """Return the run folder in which, or in whose `checkpoints/`, a file lies; None for a file elsewhere."""
+    """Return the run folder a file lies in, or in its `checkpoints/`; None for one elsewhere."""
     home = path.absolute().parent
     folder = RunFolder(home.parent if home.name == "checkpoints" else home)
     return folder if folder.config.exists() and folder.checkpoints.is_dir() else None

@@ -27,7 +27,7 @@ TIMINGS = frozenset({"seconds", "images_per_second", "data_wait_share", "peak_me
 
 
 class Logbook:
-    """Rank 0's records. What a start of the run before this one wrote too far is cut: no step is doubled."""
+    """Rank 0's records; what an earlier start of the run wrote too far is cut: no step doubles."""
 
     def __init__(self, run_dir: Path, step: int = 0, evaluation_due: bool = False) -> None:
         """Open the records of `run_dir`.
@@ -46,7 +46,10 @@ class Logbook:
         self.tensorboard = SummaryWriter(str(run_dir), purge_step=step + 1)
 
     def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Append `{"kind": "train" | "evaluation" | "threads", "step": ...}`; numbers go to TensorBoard."""
+        """Append `{"kind": "train" | "evaluation" | "threads", "step": ...}`.
+
+        Its numbers go to TensorBoard.
+        """
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -58,7 +61,7 @@ class Logbook:
         self.tensorboard.add_image(name, image, step, dataformats="HWC")
 
     def flush(self) -> None:
-        """Put what was recorded on the disk, so that a checkpoint never knows more than the records."""
+        """Put the records on the disk, so that a checkpoint never knows more than they do."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self.tensorboard.flush()
@@ -97,7 +100,7 @@ class Progress:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a `metrics.jsonl`; what is no whole line is left out, and nothing else."""
+    """Return the lines of a `metrics.jsonl`; what is no whole line is left out, nothing else."""
     lines = []
     for text in path.read_bytes().split(b"\n") if path.exists() else []:
         try:
@@ -131,7 +134,10 @@ def test_line(step: int, results: Mapping[str, Any], best: float, by_map: bool) 
         f"{name} {results[key]:.3f}" for key, name in names.items() if results.get(key) is not None
     ]
     measure = "accuracy" if "accuracy" in results else "product of the accuracies at 0.5"
-    return f"test at step {step}: {', '.join(found)}; best {'mAP' if by_map else measure} so far {best:.3f}"
+    return (
+        f"test at step {step}: {', '.join(found)}; best {'mAP' if by_map else measure} so far "
+        f"{best:.3f}"
+    )
 
 
 def summary_lines(results: Mapping[str, Any], rows: list[tuple[str, Any]]) -> list[str]:

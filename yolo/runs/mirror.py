@@ -1,7 +1,7 @@
-"""A second copy of a run on a mounted drive or object storage (any fsspec path), made behind training's back.
+"""A copy of a run on a mounted drive or object storage (any fsspec path), made beside training.
 
-Borrowed machines disappear together with their disks. A mirror holds a run in `URL/<run name>/`; `fetch_run`
-brings it back onto a fresh machine. Nothing here may hold up or stop a training run.
+Borrowed machines disappear together with their disks. A mirror holds a run in `URL/<run name>/`;
+`fetch_run` brings it back onto a fresh machine. Nothing here may hold up or stop a training run.
 """
 
 import sys
@@ -75,7 +75,7 @@ def warn_on_stderr(line: str) -> None:
 
 
 class Mirror:
-    """Copies finished files to `url/run_name/` in a background thread, again and again until it works."""
+    """Copies finished files to `url/run_name/` in a background thread, trying until it works."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Mirror:
         warn: Callable[[str], None] = warn_on_stderr,
         first_wait: float = 1.0,
     ) -> None:
-        """Start the thread; nothing is sent yet, so a mirror that cannot be reached shows at the first file.
+        """Start the thread; nothing is sent yet: an unreachable mirror shows at the first file.
 
         Raises:
             UsageError: if no installed file system knows the URL's scheme.
@@ -110,7 +110,10 @@ class Mirror:
         self._request(name, None)
 
     def close(self, timeout: float) -> None:
-        """Send what waits, for at most `timeout` seconds and without more retries; name what did not go."""
+        """Send what waits, for at most `timeout` seconds and without more retries.
+
+        What did not go is named.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -119,7 +122,8 @@ class Mirror:
             left = [name for name in (self._busy, *self._pending) if name]
         if left:
             self._warn(
-                f"warning: not copied to {self.url}: {', '.join(left)}; the local files are complete"
+                f"warning: not copied to {self.url}: {', '.join(left)}; the local files are "
+                "complete"
             )
 
     def _request(self, name: str, file: Path | None) -> None:
@@ -170,7 +174,8 @@ class Mirror:
         if not self._failed:
             reason = " ".join(str(error).split()) or type(error).__name__
             self._warn(
-                f"warning: the mirror {self.url} does not take files ({reason}); training goes on, will retry"
+                f"warning: the mirror {self.url} does not take files ({reason}); training goes on, "
+                "will retry"
             )
         self._failed = True
 
@@ -183,9 +188,10 @@ class Mirror:
 def bring_back(
     url: str, config_name: str, out_dir: str | None, warn: Callable[[str], None] = warn_on_stderr
 ) -> None:
-    """Before `--resume auto`: fetch what the mirror has newer of `out_dir`, or of the newest unfinished run.
+    """Fetch what the mirror has newer of `out_dir`, or of the newest unfinished run.
 
-    Several processes of a machine may call it together: the first one fetches.
+    It comes before `--resume auto`. Several processes of a machine may call it together: the first
+    one fetches.
 
     Raises:
         UserError: if the mirror cannot be read and there is no local run to go on with.
@@ -213,7 +219,7 @@ def bring_back(
 
 
 def find_run(url: str, config_name: str) -> str | None:
-    """Return the name of the newest unfinished run `<config_name>-<time>` at a mirror, None if there is none.
+    """Return the name of a mirror's newest unfinished run `<config_name>-<time>`, or None.
 
     Raises:
         UserError: if the mirror cannot be read.
@@ -233,8 +239,8 @@ def fetch_run(
     """Bring a run back from a mirror if its newest intact checkpoint is newer than the local ones.
 
     Returns:
-        The local path of the fetched checkpoint, None if there was nothing newer. A damaged copy is reported
-        and the one before it is taken.
+        The local path of the fetched checkpoint, None if there was nothing newer. A damaged copy is
+        reported and the one before it is taken.
 
     Raises:
         UserError: if the mirror cannot be read.
@@ -270,7 +276,7 @@ def _fetch_best(
     url: str,
     warn: Callable[[str], None],
 ) -> None:
-    """Bring back `best.txt` and the best checkpoint, too; without them a run goes on all the same."""
+    """Bring back `best.txt` and the best checkpoint, too; a run goes on without them as well."""
     marked = folder / BEST_FILE
     try:
         names = _names(fs, remote, url)
@@ -299,7 +305,7 @@ def _open(url: str) -> tuple[AbstractFileSystem, str]:
 
 
 def _put(fs: AbstractFileSystem, file: Path, target: str, progress: Callback) -> None:
-    """Copy so that `target` is never seen half-written: by renaming, or by object storage's whole uploads."""
+    """Copy so that nobody sees half a `target`: by renaming, or object storage's whole uploads."""
     size = file.stat().st_size
     can_rename = type(fs).mv is not AbstractFileSystem.mv
     landing = f"{target}.part" if can_rename else target
@@ -338,5 +344,6 @@ def _checkpoint_names(fs: AbstractFileSystem, run: str, url: str) -> list[str]:
 def _unreadable(url: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split()) or type(error).__name__
     return UserError(
-        f"the mirror {url} cannot be read ({reason}); check it, or leave out --mirror to go on without"
+        f"the mirror {url} cannot be read ({reason}); check it, or leave out --mirror to go on "
+        "without"
     )

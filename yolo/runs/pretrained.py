@@ -1,4 +1,4 @@
-"""Start training from weights made elsewhere: timm's, Darknet's, our checkpoints, torch state dicts."""
+"""Start from weights made elsewhere: timm's, Darknet's, our checkpoints, torch state dicts."""
 
 import json
 import pickle
@@ -55,7 +55,7 @@ class LoadReport:
 def start_weights(
     model: nn.Module, config: Config, class_names: Sequence[str] | None = None
 ) -> list[str]:
-    """Give a new model the weights that `--backbone-weights` and `--init-weights` ask for, in place.
+    """Give a new model the weights that `--backbone-weights` and `--init-weights` name, in place.
 
     Args:
         model: as built.
@@ -86,7 +86,7 @@ def start_weights(
 
 
 def _other_network(start: str, config: Config) -> str | None:
-    """Return the backbone and width of the bundled weights, if `start` names them and they differ."""
+    """Return backbone and width of the bundled weights, if `start` names them and they differ."""
     path = find(Path(start))
     if path.resolve().parent != bundled("weights").resolve() or not path.is_file():
         return None
@@ -102,22 +102,24 @@ def load_backbone(model: YoloV3, source: str) -> list[str]:
     """Copy pretrained weights into the backbone, in place.
 
     Args:
-        model: the detector. For one on Darknet-53 `auto` means none: its files come by --init-weights.
+        model: the detector. For one on Darknet-53 `auto` means none: its files come by
+            --init-weights.
         source: `auto`, or a file.
 
     Returns:
         What was loaded, in lines for people.
 
     Raises:
-        UserError: if there is no such file, it is damaged or of another network, or cannot be fetched.
+        UserError: if there is no such file, it is damaged or of another network, or cannot be
+            fetched.
     """
     backbone = model.backbone
     if not isinstance(backbone, TimmBackbone):
         if source == "auto":
             return []
         raise UsageError(
-            f"--backbone-weights {source}: is for backbones of timm; darknet53 starts with --init-weights "
-            "darknet53.conv.74, or take --backbone timm/darknet53"
+            f"--backbone-weights {source}: is for backbones of timm; darknet53 starts with "
+            "--init-weights darknet53.conv.74, or take --backbone timm/darknet53"
         )
     if source == "auto":
         backbone.net.load_state_dict(fetch_state(backbone.name))
@@ -136,15 +138,16 @@ def load_backbone(model: YoloV3, source: str) -> list[str]:
 def init_weights(
     model: nn.Module, path: Path, class_names: Sequence[str] | None = None
 ) -> LoadReport:
-    """Copy what fits from a weight file into the model, in place; `.weights` and `.conv.N` are Darknet's.
+    """Copy what fits from a weight file into the model, in place.
 
-    From our checkpoints come the averaged weights; a checkpoint of the course's own code is read by
-    `from_course`. Of the output layers for other classes the rows
-    of box and objectness are taken, and those of classes that both name; the others start anew.
+    Files `.weights` and `.conv.N` are Darknet's. From our checkpoints come the averaged weights; a
+    checkpoint of the course's own code is read by `from_course`. Of the output layers for other
+    classes the rows of box and objectness are taken, and those of classes that both name; the
+    others start anew.
 
     Raises:
-        UserError: if the file is missing, damaged, of an unknown kind, or made for another network; the model
-            is then unchanged.
+        UserError: if the file is missing, damaged, of an unknown kind, or made for another network;
+            the model is then unchanged.
     """
     if not path.is_file():
         raise UsageError(f"--init-weights {path}: no such file")
@@ -205,7 +208,8 @@ def _init_from_state(
     )
     if theirs and ours and not theirs & ours:
         raise UserError(
-            f"{path}: has another backbone ({min(theirs)}, ...); give the --backbone that it was made with"
+            f"{path}: has another backbone ({min(theirs)}, ...); give the --backbone that it was "
+            "made with"
         )
     other_shape = [
         name
@@ -215,8 +219,8 @@ def _init_from_state(
     for name in other_shape:
         if not OUTPUT_LAYER.match(name):
             raise UserError(
-                f"{path}: {name} is {list(state[name].shape)} there and {list(own[name].shape)} here; "
-                "use the --width that the file was made with"
+                f"{path}: {name} is {list(state[name].shape)} there and {list(own[name].shape)} "
+                "here; use the --width that the file was made with"
             )
     loaded = [name for name in shared if name not in other_shape]
     with torch.no_grad():
@@ -239,7 +243,8 @@ def _init_from_state(
     if other_shape:
         kept_classes = f"; {len(same)} share a name and keep their outputs" if same else ""
         notes = [
-            f"made for other classes: their outputs start anew ({', '.join(other_shape)}){kept_classes}"
+            "made for other classes: their outputs start anew "
+            f"({', '.join(other_shape)}){kept_classes}"
         ]
     return LoadReport(path, loaded, kept, unused, notes)
 
@@ -279,8 +284,8 @@ def _read_torch_file(path: Path) -> Mapping[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
-            f"{path}: is no torch file, or holds more than tensors and plain types (which could run code); "
-            "save its state_dict() alone"
+            f"{path}: is no torch file, or holds more than tensors and plain types (which could "
+            "run code); save its state_dict() alone"
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]

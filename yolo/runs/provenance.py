@@ -27,7 +27,7 @@ def provenance() -> dict[str, Any]:
 
 
 def current_commit() -> str | None:
-    """Return the commit of this package's checkout, with `+` when files differ; None outside of git."""
+    """Return the commit of this package's checkout, `+` if files differ; None outside of git."""
     folder = Path(__file__).parent
     try:
         _git(
@@ -42,7 +42,7 @@ def current_commit() -> str | None:
 
 
 def hardware(device: "torch.device", processes: int = 1) -> str:
-    """Return the name of the GPUs, one a process, or of the CPU and how many of its cores may be used."""
+    """Return the name of the GPUs, one a process, or of the CPU and its number of usable cores."""
     if device.type == "cuda":
         import torch
 

@@ -44,7 +44,7 @@ def result_record(measured: Mapping[str, Any], dataset: Any, **about: Any) -> di
 def about_model(
     cfg: Config, split: "EvalSplit", device: "torch.device", processes: int
 ) -> dict[str, Any]:
-    """Return how the averaged weights were tested: what they saw, at which thresholds, on which machine."""
+    """Return how the averaged weights were tested: what they saw, the thresholds, the machine."""
     names = ("score_threshold", "iou_threshold", "max_detections", "nms")
     return {
         "weights": "ema",
@@ -56,7 +56,7 @@ def about_model(
 
 
 def write_results(folder: RunFolder, record: Mapping[str, Any], seconds: float) -> str:
-    """Write `results.json` and the curves of a run that took `seconds`; return the closing table."""
+    """Write `results.json` and curves of a run that took `seconds`; return the closing table."""
     write_json(folder.results, record)
     lines = read_metrics(folder.metrics)
     plot_curves(lines, folder.plots / "curves.png")
@@ -74,7 +74,7 @@ def write_results(folder: RunFolder, record: Mapping[str, Any], seconds: float) 
 def write_evaluation(
     folder: Path, results: Mapping[str, Any], pictures: Mapping[str, Drawing]
 ) -> None:
-    """Write `results.json`, every figure and picture to `plots/`, and all of it as TensorBoard events."""
+    """Write `results.json`, each figure and picture to `plots/`, and all as TensorBoard events."""
     write_json(folder / "results.json", results)
     images = evaluation_figures(results, pictures)
     save_figures(images, folder / "plots")
@@ -99,7 +99,7 @@ def _event_image(image: np.ndarray) -> Summary.Image:
 
 
 def table(results: Mapping[str, Any], rows: list[tuple[str, Any]]) -> str:
-    """Return everything a person wants to read: headlines, classes, sizes, errors, calibration, `rows`."""
+    """Return what people want to read: headlines, classes, sizes, errors, calibration, `rows`."""
     shown, calibration = results.get("shown"), results.get("calibration")
     if shown and shown["precision"] is not None:
         at = f"shown (score >= {shown['score_threshold']})"

@@ -1,4 +1,4 @@
-"""How a run goes on where it stopped: its checkpoint, and the schedule that the checkpoint was trained by."""
+"""How a run goes on where it stopped: its checkpoint, and the schedule it was trained by."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +28,8 @@ class Start:
 def open_checkpoint(plan: RunPlan, fabric: Any) -> Checkpoint | None:
     """Return the checkpoint to continue, the same on all ranks; each rank reads it once.
 
-    Without `--resume CHECKPOINT` it is the newest intact one that rank 0 sees; None if there is none.
+    Without `--resume CHECKPOINT` it is the newest intact one that rank 0 sees; None if there is
+    none.
 
     Raises:
         UserError: if it is damaged, or all of them are.
@@ -62,15 +63,15 @@ def check_settings(plan: RunPlan, checkpoint: Checkpoint | None, config: Config)
     file = f"{plan.stored_config}: was changed after it was written"
     if checkpoint is None:
         raise UserError(
-            f"{file}, and there is no checkpoint to compare it with: --replan takes it as it is, or "
-            "start in another --out-dir"
+            f"{file}, and there is no checkpoint to compare it with: --replan takes it as it is, "
+            "or start in another --out-dir"
         )
     trained = Config.from_dict(checkpoint.content["config"])
     pairs = ((name, getattr(trained, name), getattr(config, name)) for name in sorted(plan.unsure))
     if changed := [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]:
         raise UserError(
-            f"{file} ({', '.join(changed)}): undo that, or give the new value as a flag, or --replan "
-            "to take over the file as it is"
+            f"{file} ({', '.join(changed)}): undo that, or give the new value as a flag, or "
+            "--replan to take over the file as it is"
         )
 
 
@@ -115,8 +116,8 @@ def resume(
     torch.set_rng_state(content["rng"]["torch"])
     if content["threads"] != torch.get_num_threads():
         log(
-            f"note: the run used {content['threads']} threads, now {torch.get_num_threads()}: results may"
-            " differ in the last bits (--threads fixes their number)"
+            f"note: the run used {content['threads']} threads, now {torch.get_num_threads()}: "
+            "results may differ in the last bits (--threads fixes their number)"
         )
     log(f"resumed from {path}: epoch {state.epoch}, step {state.step} of {len(schedule)}")
     best = content["best"] if "best" in content else marked_best(path.parent)
@@ -129,8 +130,9 @@ def _check_same(checkpoint: Checkpoint, task: Task) -> None:
     for name in ("task", "backbone", "width"):
         if getattr(trained, name) != getattr(now, name):
             raise UserError(
-                f"{path}: was trained with --{name} {getattr(trained, name)}, not {getattr(now, name)}; "
-                "give that value, or start anew from its weights with --init-weights"
+                f"{path}: was trained with --{name} {getattr(trained, name)}, not "
+                f"{getattr(now, name)}; give that value, or start anew from its weights with "
+                "--init-weights"
             )
     if tuple(content["classes"]) != task.class_names:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What a training writes into its run folder: configuration, schedule, records, checkpoints, results.
+"""What training writes to its run folder: configuration, schedule, records, checkpoints, results.
 
 Only rank 0 writes; on the other ranks the writing methods do nothing.
 """
@@ -103,8 +103,8 @@ class Run:
         self.lock = folder.lock()
         if folder.state() != self.plan.seen:  # it was read before the lock was ours
             raise UserError(
-                f"{folder.path}: another training wrote here while this one started; start again, with "
-                "--resume auto to go on from there"
+                f"{folder.path}: another training wrote here while this one started; start again, "
+                "with --resume auto to go on from there"
             )
         if self.plan.launch:
             self.plan.launch.mark(folder)
@@ -121,7 +121,8 @@ class Run:
             self._mirror_remove(folder.results)
             for path in set_aside(folder.checkpoints, self.state.step):
                 self.log(
-                    f"note: {path.name} is newer than this start of the run: set aside as {path.name}.aside"
+                    f"note: {path.name} is newer than this start of the run: set aside as "
+                    f"{path.name}.aside"
                 )
                 self._mirror_remove(path)
             self._set_best_aside()
@@ -162,7 +163,7 @@ class Run:
             self.logbook.record(kind, step, numbers)
 
     def record_evaluation(self, state: Any, results: Mapping[str, Any], *, is_best: bool) -> None:
-        """Write the numbers of a test; if it `is_best`, its weights or the next checkpoint are kept."""
+        """Write a test's numbers; if it `is_best`, its weights or the next checkpoint are kept."""
         self.record("evaluation", state.step, {"epoch": state.epoch, **results})
         self.log(test_line(state.step, results, state.best_score, self.cfg.maps_each_test))
         self.best_pending = is_best and not self.cfg.maps_each_test
@@ -188,7 +189,7 @@ class Run:
             self.logbook.picture(name, image, step)
 
     def save_is_due(self, step: int) -> bool:
-        """Return whether `--save-every` or a test, the best so far, asks for a checkpoint; rank 0 knows.
+        """Return whether `--save-every` or the best test yet asks for a checkpoint; rank 0 knows.
 
         Raises:
             UserError: if the last one could not be written.

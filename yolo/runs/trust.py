@@ -1,8 +1,8 @@
-"""What a weight file or checkpoint may decide, wherever it comes from: one function for all scripts.
+"""What a weight file or checkpoint may decide, wherever it is from: one function for all scripts.
 
-It gives weights, classes, anchors, sizes and thresholds, and says how it was trained. Where data lie,
-which of them are tested on, whether they are fetched, and how this machine is used come from flags, or
-from the `config.yaml` of the run folder that the file lies in.
+It gives weights, classes, anchors, sizes and thresholds, and says how it was trained. Where data
+lie, which of them are tested on, whether they are fetched, and how this machine is used come from
+flags, or from the `config.yaml` of the run folder that the file lies in.
 """
 
 import math
@@ -68,8 +68,8 @@ def describe(path: Path, content: Mapping[str, Any]) -> Description:
         content: `config`, `classes`, `anchors`, and perhaps `results`, `calibration`, `confidence`.
 
     Raises:
-        UserError: if something is missing, of another type, or beyond its bounds; or if the `config.yaml`
-            beside it was changed.
+        UserError: if something is missing, of another type, or beyond its bounds; or if the
+            `config.yaml` beside it was changed.
     """
     try:
         config, run = _settings(path, content["config"])
@@ -126,8 +126,8 @@ def check_data_named(about: Any, config: Config) -> None:
     """
     if config.data_root is None and about.run is None and config.dataset != "digits":
         raise UsageError(
-            f"{about.path}: a weight file does not say where data lie: give --data-root, and --split "
-            "for another than `test`"
+            f"{about.path}: a weight file does not say where data lie: give --data-root, and "
+            "--split for another than `test`"
         )
 
 
@@ -171,8 +171,9 @@ def _of_the_run(folder: RunFolder, stored: Mapping[str, Any]) -> dict[str, Any]:
     }
     if not intact and any(stored.get(key) != content[key] for key in values):
         raise UserError(
-            f"{folder.config} was changed after it was written: undo that, and say by flags where the "
-            f"data lie; or let the run take it over with train.py --resume {folder.path} --replan"
+            f"{folder.config} was changed after it was written: undo that, and say by flags where "
+            f"the data lie; or let the run take it over with train.py --resume {folder.path} "
+            "--replan"
         )
     return values
 

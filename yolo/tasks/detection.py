@@ -147,7 +147,7 @@ class DetectionTask(Task):
         return targets.counts
 
     def score(self, results: Mapping[str, Any]) -> float:
-        """Return mAP where each test computes it, else the product of the three accuracies at 0.5."""
+        """Return mAP if each test computes it, else the product of the three accuracies at 0.5."""
         if self.config.maps_each_test:
             return results["map_50"] or 0.0
         names = ("class_accuracy", "no_object_accuracy_at_0.5", "object_accuracy_at_0.5")
