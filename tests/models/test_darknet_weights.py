@@ -271,6 +271,8 @@ def test_unfit_torch_files_are_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "text.pt").write_text("not a torch file")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "wide.pt").read_bytes()[:1000])
     (tmp_path / "empty.pt").touch()
+    wide = (tmp_path / "wide.pt").read_bytes()
+    (tmp_path / "stack.pt").write_bytes(wide.replace(b"\x80\x02c", b"\x80\x02R", 1))
     (tmp_path / "text.safetensors").write_text("not a safetensors file")
     for name, message in {
         "wide.pt": r"backbone\.stem\.0\.weight is \[8, 3, 3, 3\]|use the --width",
@@ -280,6 +282,7 @@ def test_unfit_torch_files_are_refused_in_one_line(tmp_path: Path) -> None:
         "text.pt": "is no torch file",
         "cut.pt": "is damaged or no torch file",
         "empty.pt": "is damaged or no torch file",
+        "stack.pt": "is damaged or no torch file",
         "text.safetensors": "is damaged or no safetensors file",
         "missing.pt": "no such file",
         "missing.weights": "no such file",

@@ -92,6 +92,7 @@ def rewrite(path: Path, **changes: Any) -> None:
             lambda path: rewrite(path, format_version=99),
             "checkpoint format 99, this version reads 1",
         ),
+        (lambda path: rewrite(path, format_version=torch.ones(2)), "checkpoint format tensor"),
         (lambda path: torch.save({"weight": torch.ones(1)}, path), "--init-weights"),
         (lambda path: torch.save([1, 2], path), "no checkpoint of this project"),
         (lambda path: torch.save({"model": Stranger()}, path), "damaged or no checkpoint"),

@@ -113,9 +113,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: is no checkpoint of this project; --init-weights reads other weight files"
         )
-    if content["format_version"] != FORMAT_VERSION:
+    version = content["format_version"]
+    if not isinstance(version, int) or version != FORMAT_VERSION:
         raise UserError(
-            f"{path}: has checkpoint format {content['format_version']}, this version reads "
+            f"{path}: has checkpoint format {version}, this version reads "
             f"{FORMAT_VERSION}; use the version of the code that wrote it"
         )
     try:
