@@ -1,5 +1,6 @@
 """Each layout is recognised from its files alone, and read as its own tool means it."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -120,6 +121,16 @@ def test_polygons_of_coco_become_their_boxes_and_crowds_are_left_out_with_a_line
         "1 polygons have no box and are read as theirs: annotation",
     ]
     assert train_set.class_names == layouts.NAMES  # not Roboflow's name of the whole
+
+
+def test_a_coco_picture_without_end_is_one_line(tmp_path: Path):
+    config = config_of(recognise(layouts.make("coco", tmp_path)))
+    for file in tmp_path.rglob("*.json"):
+        content = json.loads(file.read_text())
+        content["images"][0]["height"] = float("inf")
+        file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="has no height and width"):
+        open_datasets(config)
 
 
 @pytest.mark.parametrize(

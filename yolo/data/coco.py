@@ -61,7 +61,7 @@ def read_coco(
         image = _find(places, path.parent, root, str(entry.get("file_name", "")))
         try:
             height, width = int(entry["height"]), int(entry["width"])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise UserError(f"{path}: image {image_id} has no height and width") from None
         return RawAnnotation(image_id, image, path, height, width, boxes.get(int(image_id), []))
 

@@ -12,7 +12,7 @@ tools show images turned by their EXIF tag, boxes are read so, too.
 import csv
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from os.path import isfile  # of a name that no file can have it says no, where `Path` raises
+from os.path import isdir, isfile  # of a name that no file can have it says no, where `Path` raises
 from pathlib import Path
 
 from yolo.data.archives import is_image, swap_last, walk
@@ -45,7 +45,7 @@ def read_csv_layout(
         UserError: naming what is missing, or the first defect.
     """
     path = root / f"{split}.csv"
-    if not path.is_file():
+    if not isfile(path):
         raise UserError(
             f"split '{split}': no file {path}; there are: {_listed(root.glob('*.csv'))}"
         )
@@ -105,11 +105,11 @@ def _pairs_of_split(root: Path, split: str) -> tuple[str, Pairs, list[str]]:
     """Return what a split is (nothing if it is not there), its pairs, and notices."""
     folders = [root / "images" / split, root / split / "images", root / split]
     for images in folders:
-        if images.is_dir():
+        if isdir(images):
             labels = Path(*swap_last(images.parts, "images", "labels"))
             return f"YOLO folder {images}", *_pairs_of_folder(images, labels)
     for listing in (root / f"{split}.txt", root / split):
-        if listing.is_file():
+        if isfile(listing):
             return f"YOLO list {listing}", _pairs_of_list(root, listing), []
     return "", {}, []
 
@@ -242,7 +242,7 @@ def _names(root: Path, label_folders: Iterable[Path]) -> tuple[dict[int, str] | 
     beside = (folder / name for folder in folders for name in ("classes.txt", "_darknet.labels"))
     usual = (root / name for name in CLASS_FILES)
     others = (path for path in sorted(root.glob("*.y*ml")) if has_names(path))
-    paths = dict.fromkeys(path for path in (*usual, *beside) if path.is_file()) or dict.fromkeys(
+    paths = dict.fromkeys(path for path in (*usual, *beside) if isfile(path)) or dict.fromkeys(
         [*others][:1]
     )
     if not paths:
