@@ -68,3 +68,21 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert int(done.stdout) < 1000  # of 16,384 pages, 64 MiB
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_a_forked_worker_does_not_hold_the_memory_that_its_parent_keeps():
+    program = """
+import os, psutil, torch
+from yolo.engine.fabric import keep_freed_memory
+keep_freed_memory()
+before = psutil.Process().memory_info().rss
+blocks = [torch.ones(2**20) for _ in range(256)]  # 1 GB
+del blocks
+assert psutil.Process().memory_info().rss - before > 2**28  # kept
+if not os.fork():
+    print(psutil.Process().memory_info().rss - before)
+os.wait()
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert int(done.stdout.split()[0]) < 2**27

@@ -5,7 +5,7 @@ import inspect
 import os
 import platform
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -59,18 +59,21 @@ def make_fabric(cfg: HardwareConfig) -> tuple[Fabric, torch.amp.GradScaler | Non
     return fabric, scaler
 
 
+@cache
 def keep_freed_memory() -> None:
     """Let this process keep the memory of freed tensors for the next ones, where malloc is glibc's.
 
     As it comes, glibc gives large blocks back to the system, which clears their pages anew for each
-    step.
+    step. Before a fork they are given back: a worker would hold all of them as they were, and this
+    process a second copy as soon as it used them again.
     """
     if platform.libc_ver()[0] != "glibc":
         return
-    mallopt = ctypes.CDLL(None).mallopt
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(M_TOP_PAD, 2**28)
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    libc.mallopt(M_TOP_PAD, 2**28)
+    os.register_at_fork(before=partial(libc.malloc_trim, 0))
 
 
 def pick_precision(wanted: str, device: str) -> tuple[str, str]:
