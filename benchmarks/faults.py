@@ -1,6 +1,6 @@
 """What faults do to a run, its files, the readers and the app: a table for docs/reliability.md.
 
-python benchmarks/faults.py                     # everything, about an hour on two cores
+python benchmarks/faults.py                     # everything: ten minutes on two cores
 python benchmarks/faults.py inputs --quick      # a part of it, in little
 """
 

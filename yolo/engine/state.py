@@ -140,7 +140,7 @@ def make_state(
 
 
 def make_optimizer(network: nn.Module, cfg: Config) -> torch.optim.Adam:
-    """Return Adam or AdamW without a rate of its own; weights of two or more dimensions decay.
+    """Return Adam without a rate of its own; weights of two or more dimensions decay.
 
     Each group takes its `lr_factor` of the schedule's rate. A backbone that is frozen or learns
     more slowly has groups of its own. A checkpoint stores Adam's state by position: the backbone
