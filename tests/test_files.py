@@ -11,7 +11,7 @@ from yolo.data.class_names import read_class_names
 from yolo.data.images import letterboxed
 from yolo.data.voc import parse_xml
 from yolo.errors import LONGEST_LINE, UserError
-from yolo.files import bundled, check_regular, find, parse_yaml, read_text
+from yolo.files import check_regular, parse_yaml, read_text
 
 DOUBLED = "a: &a [x, x]\n" + "".join(
     f"{name}: &{name} [*{past}, *{past}, *{past}, *{past}]\n"
@@ -67,16 +67,3 @@ def test_an_error_is_one_line_whatever_stands_in_the_name_of_a_file() -> None:
     assert len(shown) <= LONGEST_LINE + 10
     assert shown.endswith(": is wrong; do this")
     assert str(UserError("größer 写真 ½")) == "größer 写真 ½"
-
-
-def test_bundled_weights_of_earlier_versions_are_those_that_took_their_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old, new = "voc_small_yolov3.safetensors", "voc.safetensors"
-    assert find(tmp_path / old) == tmp_path / old  # nothing took its place there
-    monkeypatch.chdir(tmp_path)
-    assert find(Path("weights") / old) == bundled("weights") / new
-    (tmp_path / new).touch()
-    assert find(tmp_path / old) == tmp_path / new
-    (tmp_path / old).touch()
-    assert find(tmp_path / old) == tmp_path / old

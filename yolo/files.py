@@ -16,7 +16,6 @@ from yolo.errors import UserError
 
 MAX_TEXT = 1 << 28  # bytes: lists of millions of pictures are shorter
 MAX_YAML_PARTS = 1_000_000
-REPLACED = {"voc_small_yolov3.safetensors": "voc.safetensors"}  # bundled weights, then and now
 
 
 @contextmanager
@@ -155,13 +154,7 @@ def bundled(name: str) -> Path:
 
 
 def find(path: Path) -> Path:
-    """Return `path`, or the bundled file for `configs/voc.yaml` and such not in this folder.
-
-    Where bundled weights of earlier versions are named, those that took their place are meant.
-    """
-    if path.name in REPLACED and not path.exists():
-        successor = find(path.with_name(REPLACED[path.name]))
-        return successor if successor.exists() else path
+    """Return `path`, or the bundled file for `configs/voc.yaml` and such not in this folder."""
     if path.parts[:1] in [("configs",), ("weights",), ("samples",)] and not path.exists():
         found = bundled(str(path))
         return found if found.exists() else path

@@ -1,11 +1,13 @@
 """What strangers may ask of a served page, over HTTP, and what that leaves in the log."""
 
+import logging
 import threading
 from collections.abc import Iterator
 
 import gradio as gr
 import httpx
 import pytest
+from fastapi import Request
 
 from yolo.app import limits
 
@@ -13,11 +15,14 @@ FORGED = "x\n\x1b[31merror: all weights deleted\x1b[0m"
 
 
 @pytest.fixture(autouse=True)
-def log(monkeypatch: pytest.MonkeyPatch) -> None:
+def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Shorten what is logged, for this test alone."""
     for module in (limits.queueing, limits.routes, limits.utils):
         monkeypatch.setattr(module, "traceback", module.traceback)
     limits.log_in_one_line()
+    yield
+    for name in limits.LOGGERS:
+        logging.getLogger(name).removeFilter(limits._shorten)
 
 
 @pytest.fixture
@@ -70,10 +75,27 @@ def test_behind_the_proxy_of_a_space_the_address_is_that_of_the_person(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPACE_ID", "owner/name")
-    one, other = {"x-forwarded-for": "1.2.3.4, 10.0.0.1"}, {"x-forwarded-for": "5.6.7.8"}
-    answers = [join(url, 0, **one) for _ in range(limits.CALLS_OF_ADDRESS + 1)]
+    answers = [
+        join(url, 0, **{"x-forwarded-for": f"9.9.9.{forged}, 1.2.3.4, 10.0.0.1"})
+        for forged in range(limits.CALLS_OF_ADDRESS + 1)
+    ]
     assert answers[-1].status_code == 503
-    assert join(url, 0, **other).status_code == 200
+    assert join(url, 0, **{"x-forwarded-for": "5.6.7.8"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("2a00:1450:4001:81b::200e", "2a00:1450:4001:81b::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("::ffff:1.2.3.4", "::ffff:1.2.3.4"),
+        ("testclient", "testclient"),
+    ],
+)
+def test_in_ipv6_a_person_is_a_network(host: str, address: str) -> None:
+    scope = {"type": "http", "headers": [], "client": (host, 1)}
+    assert limits.address_of(Request(scope)) == address
 
 
 def test_a_call_that_fails_is_one_escaped_line_in_the_log(
@@ -90,10 +112,17 @@ def test_a_call_that_fails_is_one_escaped_line_in_the_log(
             if "close_stream" in line or "process_completed" in line:
                 break
     output, errors = capfd.readouterr()
+    assert (
+        "Exception in ASGI application: route_utils.py" in errors
+    )  # Uvicorn's line of fn_index 99
     assert "a call failed: " in errors and r"ValueError: x\n\x1b[31merror" in errors
     assert "Traceback" not in output + errors and "\x1b" not in output + errors
     assert not any(line.startswith("error: all") for line in (output + errors).splitlines())
 
 
-def test_nobody_passes_by_the_queue(url: str) -> None:
+def test_nobody_passes_by_the_queue(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert httpx.post(f"{url}gradio_api/run/fail", json={"data": ["x"]}).status_code == 404
+    monkeypatch.setattr(limits.routes.shutil, "which", lambda _: "/usr/bin/ffmpeg")
+    video = {"video": ("a.mp4", b"no film", "video/mp4")}
+    answer = httpx.post(f"{url}gradio_api/process_recording", files=video)
+    assert answer.content == b"no film"  # as it came: FFmpeg has not seen it

@@ -189,3 +189,17 @@ def test_a_run_folder_stands_for_its_best_checkpoint_and_else_for_the_newest(
 def test_a_folder_without_checkpoints_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no checkpoint"):
         resolve_checkpoint(tmp_path)
+
+
+def test_bundled_weights_of_earlier_versions_are_those_that_took_their_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = "weights/voc_small_yolov3.safetensors", Path("weights/voc.safetensors")
+    assert resolve_checkpoint(old) == new
+    assert "not bundled any more; voc.safetensors took its place" in capsys.readouterr().out
+    mine = tmp_path / old
+    mine.parent.mkdir()
+    mine.touch()
+    elsewhere = Path("runs/voc_small_yolov3.safetensors")
+    assert [resolve_checkpoint(mine), resolve_checkpoint(elsewhere)] == [mine, elsewhere]
+    assert capsys.readouterr().out == ""

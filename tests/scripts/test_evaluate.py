@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import gc
 import json
 import os
 import subprocess
@@ -149,6 +150,23 @@ def test_written_detections_score_the_same_when_read_again(
         assert again["errors"][kind] == pytest.approx(row, abs=1e-6)
     for name in ("map_50", "map_50_11pt", "map_50_95"):
         assert again[name] == pytest.approx(before[name], abs=1e-6)
+
+
+def test_pictures_are_the_same_whether_this_or_other_processes_draw_them(
+    evaluation: Path, tiny_digits: Path, tmp_path: Path
+) -> None:
+    words = ["--detections", str(evaluation / "files"), "--data-root", str(tiny_digits)]
+    words += ["--split", "test", "--classes", ",".join(CLASS_NAMES), "--out-dir"]
+    assert evaluate.main([*words, str(tmp_path / "here")]) == 0  # torch is loaded: no fork
+    assert gc.isenabled()
+    code = "import os, sys, evaluate\nos.sched_getaffinity = lambda _: {0, 1}\n"
+    code += f"sys.exit(evaluate.main({[*words, str(tmp_path / 'forked')]!r}))"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+    here, forked = (sorted((tmp_path / name / "plots").iterdir()) for name in ("here", "forked"))
+    assert [path.name for path in here] == [path.name for path in forked]
+    assert {"false_positives.png", "precision_recall.png"} <= {path.name for path in here}
+    for one, other in zip(here, forked, strict=True):
+        assert one.read_bytes() == other.read_bytes()
 
 
 def test_mosaics_measure_the_cells_and_say_so(weights: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import traceback
+from ipaddress import IPv6Address, ip_address, ip_network
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,33 +20,59 @@ from gradio import queueing, routes, utils
 from yolo.errors import one_line
 
 WAITING_CALLS = 64  # of everybody; further ones are told to try again, instead of waiting long
-CALLS_OF_ADDRESS = 16  # of these, waiting or at work: a class behind one router, not one script
+CALLS_OF_ADDRESS = 32  # waiting or at work: a class behind one router; opening the page makes two
 LOGGERS = ("uvicorn.error", "asyncio")
 
 
 def limit(page: gr.Blocks) -> None:
-    """Limit the calls that wait, in all and from each address; calls past the queue are refused."""
+    """Limit the calls that wait, in all and from each address; nothing is done past the queue."""
     page.queue(max_size=WAITING_CALLS, default_concurrency_limit=2, api_open=False)
     queue = page._queue
     push = queue.push
 
     async def push_within_limit(body: Any, request: Request, username: str | None) -> Any:
         address = address_of(request)
-        calls = [address_of(event.request) for event in queue.event_ids_to_events.values()]
+        waiting = [e for line in queue.event_queue_per_concurrency_id.values() for e in line.queue]
+        at_work = [event for events in queue.active_jobs for event in events or ()]
+        calls = [address_of(event.request) for event in (*waiting, *at_work)]
         if calls.count(address) >= CALLS_OF_ADDRESS:
             why = f"{CALLS_OF_ADDRESS} calls from your address are waiting. Please try again later."
             return False, why, "queue_full"
         return await push(body, request, username)
 
     queue.push = push_within_limit  # type: ignore[method-assign, assignment]
+    # of screen recordings, for which it starts FFmpeg on whatever anybody sends
+    routes.process_video_with_ffmpeg = _refuse_recording  # type: ignore[assignment]
+
+
+async def _refuse_recording(*_: Any) -> Any:
+    raise gr.Error("Recordings are not edited here.", print_exception=False)
 
 
 def address_of(request: Request) -> str:
-    """Return who calls: on a Space, where everybody comes through a proxy, as the proxy says."""
-    forwarded = request.headers.get("x-forwarded-for") if "SPACE_ID" in os.environ else None
-    if forwarded:
-        return forwarded.split(",")[0].strip()
-    return request.client.host if request.client else ""
+    """Return who calls: an address, or the network of 64 bits that a person has in IPv6.
+
+    On a Space everybody comes through proxies. Each appends whom it was called by, so of the
+    addresses that they name the last public one is true: what a caller wrote stands before it.
+    """
+    host = request.client.host if request.client else ""
+    if "SPACE_ID" in os.environ:
+        named = request.headers.get("x-forwarded-for", "").split(",")
+        host = next((name.strip() for name in reversed(named) if _is_public(name.strip())), host)
+    try:
+        address = ip_address(host.partition("%")[0])
+    except ValueError:  # a name
+        return host
+    if isinstance(address, IPv6Address) and not address.ipv4_mapped:
+        return str(ip_network((address, 64), strict=False))
+    return host
+
+
+def _is_public(name: str) -> bool:
+    try:
+        return ip_address(name).is_global
+    except ValueError:
+        return False
 
 
 def log_in_one_line() -> None:

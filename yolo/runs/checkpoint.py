@@ -31,6 +31,7 @@ from yolo.runs.trust import check_tensors, describe, public_results, stored_sett
 FORMAT_VERSION = 1
 WEIGHTS_VERSION = 2  # of `.safetensors`: from 2 on they carry a digest
 BEST_FILE = "best.txt"
+REPLACED = {"voc_small_yolov3.safetensors": "voc.safetensors"}  # bundled weights, then and now
 # metadata of `.safetensors`
 _AS_JSON = ("config", "classes", "anchors", "results", "calibration", "confidence")
 
@@ -276,7 +277,7 @@ def resolve_checkpoint(path: str | Path | None = None, *, last: bool = False) ->
         if "detection" not in (files := bundled_weights()):
             raise UserError(f"{bundled('weights')}: holds no detector; name a --checkpoint")
         return files["detection"]
-    path = Path(path)
+    path = _still_bundled(Path(path))
     if not path.is_dir():
         return path
     folder = RunFolder(path)
@@ -288,6 +289,15 @@ def resolve_checkpoint(path: str | Path | None = None, *, last: bool = False) ->
             f"{path}: holds no checkpoint; name a run folder, a .ckpt or a .safetensors"
         )
     return found[-1]
+
+
+def _still_bundled(path: Path) -> Path:
+    """Return the weights that took the place of bundled ones of earlier versions; else `path`."""
+    if path.parent.name != "weights" or path.name not in REPLACED or find(path).exists():
+        return path
+    successor = path.with_name(REPLACED[path.name])
+    print(f"note: {path} is not bundled any more; {successor.name} took its place and is opened")
+    return successor
 
 
 def load_weights(path: Path) -> LoadedWeights:
