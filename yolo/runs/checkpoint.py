@@ -100,9 +100,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch never compresses: a few bytes stay a few
-            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
-                raise ValueError("it is compressed")
+        check_stored(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on damaged bytes torch raises all sorts
         first_line = (str(error) or type(error).__name__).splitlines()[0]
@@ -128,6 +126,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path}: is damaged (its digest does not match its content); take an earlier one"
         )
     return content
+
+
+def check_stored(path: Path) -> None:
+    """Refuse a compressed archive: torch writes none, and few bytes could unpack to all memory.
+
+    Raises:
+        ValueError: if it is one.
+        Exception: if it is no archive.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise ValueError("it is compressed")
 
 
 def content_digest(content: Mapping[str, Any]) -> str:
@@ -183,6 +193,7 @@ def read_best(folder: Path) -> Path | None:
     """
     for path in reversed(list_checkpoints(folder)):
         try:  # mapped: no tensor is read
+            check_stored(path)
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             name = content["best"] if "best" in content else marked_best(folder)
             return folder / name if name and (folder / name).exists() else None
