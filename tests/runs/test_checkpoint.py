@@ -15,6 +15,7 @@ from yolo.runs.checkpoint import (
     CheckpointWriter,
     find_newest,
     load_checkpoint,
+    load_weights,
     prune_checkpoints,
     resolve_checkpoint,
     save_checkpoint,
@@ -92,7 +93,7 @@ def rewrite(path: Path, **changes: Any) -> None:
             lambda path: rewrite(path, format_version=99),
             "checkpoint format 99, this version reads 1",
         ),
-        (lambda path: rewrite(path, format_version=torch.ones(2)), "checkpoint format tensor"),
+        (lambda path: rewrite(path, format_version=torch.ones(2)), "format of type Tensor"),
         (lambda path: torch.save({"weight": torch.ones(1)}, path), "--init-weights"),
         (lambda path: torch.save([1, 2], path), "no checkpoint of this project"),
         (lambda path: torch.save({"model": Stranger()}, path), "damaged or no checkpoint"),
@@ -189,3 +190,12 @@ def test_a_run_folder_stands_for_its_best_checkpoint_and_else_for_the_newest(
 def test_a_folder_without_checkpoints_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no checkpoint"):
         resolve_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("step", [torch.ones(2), "7", None])
+def test_a_step_that_is_no_number_has_no_results(tmp_path: Path, step: Any) -> None:
+    (tmp_path / "results.json").write_text('{"step": 7}')
+    path = tmp_path / "checkpoints" / "a.ckpt"
+    save_checkpoint(path, {**content(7), "step": step})
+    with pytest.raises(UserError, match=r"a\.ckpt: does not describe a network"):
+        load_weights(path)

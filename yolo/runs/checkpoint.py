@@ -113,8 +113,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         )
     version = content["format_version"]
     if not isinstance(version, int) or version != FORMAT_VERSION:
+        shown = version if isinstance(version, int) else f"of type {type(version).__name__}"
         raise UserError(
-            f"{path}: has checkpoint format {version}, this version reads "
+            f"{path}: has checkpoint format {shown}, this version reads "
             f"{FORMAT_VERSION}; use the version of the code that wrote it"
         )
     try:
@@ -373,13 +374,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _results_of_run(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the `results.json` of the run that a checkpoint ended; nothing for an earlier one."""
-    file = path.absolute().parent.parent / "results.json"
-    try:
-        results = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    same = isinstance(results, dict) and results.get("step") == content.get("step")
-    return results if same else {}
+    results, step = RunFolder(path.absolute().parent.parent).read_results(), content.get("step")
+    return results if isinstance(step, int) and results.get("step") == step else {}
 
 
 def _parts(value: Any) -> Iterator[Any]:
