@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import whole_content
 
 from yolo import files
 from yolo.errors import UserError
@@ -25,12 +26,7 @@ from yolo.runs.folder import checkpoint_name, list_checkpoints, step_of
 
 
 def content(step: int, value: float = 0.0) -> dict[str, Any]:
-    return {
-        "model": {"weight": torch.full((1000,), value)},
-        "epoch": step // 10,
-        "step": step,
-        "lr": 1e-3,
-    }
+    return whole_content(step, value, 1000)
 
 
 def save(folder: Path, step: int) -> Path:
@@ -197,5 +193,5 @@ def test_a_step_that_is_no_number_has_no_results(tmp_path: Path, step: Any) -> N
     (tmp_path / "results.json").write_text('{"step": 7}')
     path = tmp_path / "checkpoints" / "a.ckpt"
     save_checkpoint(path, {**content(7), "step": step})
-    with pytest.raises(UserError, match=r"a\.ckpt: does not describe a network"):
+    with pytest.raises(UserError, match="its anchors contradict"):
         load_weights(path)

@@ -26,6 +26,7 @@ from yolo.files import bundled, find, replacing
 from yolo.metrics.report import SHOWN_SCORE
 from yolo.models.build import build_model
 from yolo.runs.folder import RunFolder, checkpoint_name, list_checkpoints, step_of
+from yolo.runs.resumable import check_content
 from yolo.runs.trust import check_tensors, describe, public_results, stored_settings
 
 FORMAT_VERSION = 1
@@ -129,6 +130,17 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
+def load_resumable(path: Path) -> dict[str, Any]:
+    """Read a checkpoint that a run is to go on from, and check all that it takes over.
+
+    Raises:
+        UserError: as `load_checkpoint`, or if something is missing or of another type.
+    """
+    content = load_checkpoint(path)
+    check_content(path, content)
+    return content
+
+
 def check_stored(path: Path) -> None:
     """Refuse a compressed archive: torch writes none, and few bytes could unpack to all memory.
 
@@ -158,7 +170,7 @@ def find_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     paths = list_checkpoints(folder)
     for path in reversed(paths):
         try:
-            return Checkpoint(path, load_checkpoint(path))
+            return Checkpoint(path, load_resumable(path))
         except UserError as error:
             warn(f"warning: {error}")
     if paths:

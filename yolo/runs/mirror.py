@@ -21,7 +21,7 @@ from fsspec.spec import AbstractFileSystem
 
 from yolo.errors import UsageError, UserError
 from yolo.files import replacing
-from yolo.runs.checkpoint import BEST_FILE, load_checkpoint
+from yolo.runs.checkpoint import BEST_FILE, load_resumable
 from yolo.runs.folder import (
     CHECKPOINT,
     RUNS,
@@ -258,7 +258,7 @@ def fetch_run(
     for path in sorted(newer, key=step_of, reverse=True):
         _get(fs, f"{remote}/checkpoints/{path.name}", path, url)
         try:
-            content = load_checkpoint(path)
+            content = load_resumable(path)
         except UserError as error:
             warn(f"warning: {error} (fetched from {url})")
             path.unlink()
