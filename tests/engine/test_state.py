@@ -1,5 +1,7 @@
 """What the optimizer is told, and when a state is beyond repair."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -70,3 +72,11 @@ def test_weights_and_statistics_have_to_be_finite_averaged_ones_too():
             values.detach()[0] = torch.inf
             assert not state.is_finite()
             values.detach().copy_(kept)
+
+
+def test_sums_of_other_terms_give_way_to_those_of_this_loss():
+    state = SimpleNamespace(loss_sums={"unknown": torch.tensor(1.0, dtype=torch.float64)})
+    for total in (3.0, 6.0):
+        State.add_losses(state, ["box", "class"], torch.tensor([3.0, 1.0]))
+        assert state.loss_sums.keys() == {"box", "class"}
+        assert state.loss_sums["box"] == total

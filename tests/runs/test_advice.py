@@ -78,3 +78,23 @@ def test_the_training_pictures_are_counted_at_the_size_of_the_network() -> None:
     note = Annotation(boxes, np.array([1, 1]), np.zeros(2, bool), 832, 832)
     dataset = DetectionDataset("cups", ("cup", "lid"), ["a"], [Path("a.jpg")], [note])
     assert training_facts(dataset, 416) == {"boxes": {"cup": 0, "lid": 2}, "small": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("results.json", "["),
+        ("results.json", "[" * 200_000),
+        ("results.json", '{"training": 5}'),
+        ("results.json", '{"training": {"boxes": {"cup": "x"}}}'),
+        ("config.yaml", "a: ["),
+        ("config.yaml", "- 5"),
+    ],
+)
+def test_a_run_whose_records_are_damaged_gets_no_advice(
+    tmp_path: Path, name: str, text: str
+) -> None:
+    folder = make_run(tmp_path, FLAT)
+    (tmp_path / name).write_text(text)
+    results = {key: value for key, value in GOOD.items() if key != "training"}
+    assert advice(folder, results) == []

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import whole_content
 
 from yolo import files
 from yolo.errors import UserError
@@ -15,6 +16,7 @@ from yolo.runs.checkpoint import (
     CheckpointWriter,
     find_newest,
     load_checkpoint,
+    load_weights,
     prune_checkpoints,
     resolve_checkpoint,
     save_checkpoint,
@@ -24,12 +26,7 @@ from yolo.runs.folder import checkpoint_name, list_checkpoints, step_of
 
 
 def content(step: int, value: float = 0.0) -> dict[str, Any]:
-    return {
-        "model": {"weight": torch.full((1000,), value)},
-        "epoch": step // 10,
-        "step": step,
-        "lr": 1e-3,
-    }
+    return whole_content(step, value, 1000)
 
 
 def save(folder: Path, step: int) -> Path:
@@ -92,7 +89,7 @@ def rewrite(path: Path, **changes: Any) -> None:
             lambda path: rewrite(path, format_version=99),
             "checkpoint format 99, this version reads 1",
         ),
-        (lambda path: rewrite(path, format_version=torch.ones(2)), "checkpoint format tensor"),
+        (lambda path: rewrite(path, format_version=torch.ones(2)), "format of type Tensor"),
         (lambda path: torch.save({"weight": torch.ones(1)}, path), "--init-weights"),
         (lambda path: torch.save([1, 2], path), "no checkpoint of this project"),
         (lambda path: torch.save({"model": Stranger()}, path), "damaged or no checkpoint"),
@@ -203,3 +200,12 @@ def test_bundled_weights_of_earlier_versions_are_those_that_took_their_place(
     elsewhere = Path("runs/voc_small_yolov3.safetensors")
     assert [resolve_checkpoint(mine), resolve_checkpoint(elsewhere)] == [mine, elsewhere]
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("step", [torch.ones(2), "7", None])
+def test_a_step_that_is_no_number_has_no_results(tmp_path: Path, step: Any) -> None:
+    (tmp_path / "results.json").write_text('{"step": 7}')
+    path = tmp_path / "checkpoints" / "a.ckpt"
+    save_checkpoint(path, {**content(7), "step": step})
+    with pytest.raises(UserError, match="its anchors contradict"):
+        load_weights(path)

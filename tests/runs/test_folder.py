@@ -1,13 +1,22 @@
 """Where a run writes, and what it continues."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 from yolo.config import Config
 from yolo.engine.launch import torchrun_launch
 from yolo.errors import UsageError
-from yolo.runs.folder import Launch, RunFolder, list_checkpoints, note_run, plan_run
+from yolo.runs.folder import (
+    Launch,
+    RunFolder,
+    list_checkpoints,
+    list_runs,
+    note_run,
+    plan_run,
+    step_of,
+)
 from yolo.runs.logbook import Progress, duration, summary_lines
 
 
@@ -203,3 +212,49 @@ def test_progress_prints_plain_lines_where_there_is_no_terminal(capsys):
     progress.note("loss 1.0")
     Progress(3, "epoch 1/2", enabled=False).note("silent")
     assert capsys.readouterr().out == "epoch 1/2: loss 1.0\n"
+
+
+def test_names_that_only_look_like_ours_are_passed_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = make_run(tmp_path / "runs" / "voc-20260101-000000", steps=(3,))
+    for name in ("epoch1-stepx-lr1.ckpt", "epoch1-step²-lr1.ckpt", "epoch-step1-lr1.ckpt"):
+        (folder.checkpoints / name).write_text("")
+    for name in ("schedule-².txt", "schedule-x.txt", "schedule-10.txt", "schedule-2.txt"):
+        (folder.path / name).write_text("")
+    (only,) = list_checkpoints(folder.checkpoints)
+    assert step_of(only) == 3
+    assert [path.name for path in folder.schedules()] == ["schedule-10.txt", "schedule-2.txt"]
+    assert list_runs() == [Path("runs/voc-20260101-000000")]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [b'data_root: "a\\0cups"\n', b"data_root: [\n", b"- cups\n", b"\xff\n", b"[" * 5000],
+)
+def test_a_run_whose_configuration_is_damaged_is_of_no_data(tmp_path, monkeypatch, config):
+    monkeypatch.chdir(tmp_path)
+    older, newer = (
+        make_run(tmp_path / "runs" / f"own-2026010{day}-000000", steps=(3,)) for day in (1, 2)
+    )
+    older.write_config(Config(data_root="cups"))
+    newer.config.write_bytes(config)
+    assert plan_run("own", None, "auto", data_root="cups").folder.path.name == older.path.name
+
+
+def test_lines_of_the_index_that_name_no_folder_are_passed_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = make_run(tmp_path / "elsewhere" / "run", steps=(3,))
+    note_run("own", run.path)
+    with (tmp_path / "runs" / "index.tsv").open("ab") as file:
+        file.write(b"20990101-000000\town\ta\0b\n20990101-000000\town\t\xff\n\xff\n")
+    assert list_runs() == [run.path]
+    assert plan_run("own", None, "auto").folder.path == run.path
+    note_run("own", run.path)
+    assert "\0" not in (tmp_path / "runs" / "index.tsv").read_text()
+
+
+@pytest.mark.parametrize("text", [b"[" * 200_000, b"[1]", b"{", b"\xff"])
+def test_damaged_results_are_none(tmp_path, text):
+    folder = RunFolder(tmp_path)
+    folder.results.write_bytes(text)
+    assert folder.read_results() == {}

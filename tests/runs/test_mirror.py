@@ -9,6 +9,7 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from checkpoints import whole_content
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -71,7 +72,7 @@ def content_at(url: str, name: str) -> bytes:
 
 def save_step(folder: Path, step: int) -> Path:
     path = folder / "checkpoints" / f"epoch000-step{step:06d}-lr1.000e-03.ckpt"
-    save_checkpoint(path, {"model": {"weight": torch.full((3,), float(step))}, "step": step})
+    save_checkpoint(path, whole_content(step, float(step)))
     return path
 
 
@@ -393,3 +394,23 @@ def test_a_dead_mirror_stops_a_resume_only_when_nothing_is_here(
     save_step(tmp_path / "run", 5)
     bring_back("flaky://b", "voc", str(tmp_path / "run"), lines.append)
     assert len(lines) == 1 and "no route" in lines[0] and "going on" in lines[0]
+
+
+def test_a_copy_that_no_run_can_go_on_from_is_as_good_as_damaged(tmp_path: Path) -> None:
+    run = mirrored_run(tmp_path, url := f"{tmp_path}/drive", "voc-1", steps=(10,))
+    strange = run / "checkpoints" / "epoch000-step000020-lr1.000e-03.ckpt"
+    save_checkpoint(strange, {**whole_content(20), "best": torch.ones(2)})
+    mirror = Mirror(url, "voc-1")
+    mirror.copy(strange, f"checkpoints/{strange.name}")
+    mirror.close(10)
+    warnings: list[str] = []
+    path = fetch_run(url, "voc-1", tmp_path / "fresh", warnings.append)
+    assert path is not None and "step000010" in path.name
+    assert len(warnings) == 1 and "best is not as training writes it" in warnings[0]
+
+
+def test_files_that_only_look_like_checkpoints_are_left_at_the_mirror(tmp_path: Path) -> None:
+    mirrored_run(tmp_path, url := f"{tmp_path}/drive", "voc-1", steps=(10,))
+    (tmp_path / "drive/voc-1/checkpoints/epoch1-stepx-lr1.ckpt").write_text("")
+    path = fetch_run(url, "voc-1", tmp_path / "fresh")
+    assert path is not None and "step000010" in path.name

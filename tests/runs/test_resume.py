@@ -12,6 +12,7 @@ from typing import Any
 import faults
 import pytest
 import torch
+from checkpoints import whole_content
 from filelock import FileLock
 from launching import train
 
@@ -22,6 +23,7 @@ from yolo.runs import checkpoint, resume
 from yolo.runs.checkpoint import (
     content_digest,
     load_checkpoint,
+    load_resumable,
     resolve_checkpoint,
     save_checkpoint,
 )
@@ -308,15 +310,15 @@ def test_each_rank_reads_the_checkpoint_once(
 ) -> None:
     folder = RunFolder(tmp_path)
     newest = folder.checkpoints / "epoch001-step000009-lr1.000e-03.ckpt"
-    save_checkpoint(newest, {"model": {"weight": torch.ones(3)}, "step": 9})
+    save_checkpoint(newest, whole_content(9))
     read: list[Path] = []
 
     def count(path: Path) -> dict[str, Any]:
         read.append(path)
-        return load_checkpoint(path)
+        return load_resumable(path)
 
     for module in (checkpoint, resume):
-        monkeypatch.setattr(module, "load_checkpoint", count)
+        monkeypatch.setattr(module, "load_resumable", count)
     fabric = SimpleNamespace(is_global_zero=rank == 0, print=print, broadcast=lambda path: newest)
     found = resume.open_checkpoint(RunPlan(folder, True, newest if named else None), fabric)
     assert found and (found.path, found.content["step"]) == (newest, 9)
@@ -330,6 +332,10 @@ def truncate(path: Path) -> None:
 def rewrite(path: Path, **changes: Any) -> None:
     content = torch.load(path, weights_only=True)
     torch.save({**content, **changes}, path)
+
+
+def sign_anew(path: Path, **changes: Any) -> None:
+    save_checkpoint(path, {**load_checkpoint(path), **changes})
 
 
 def edit_schedule(path: Path) -> None:
@@ -370,6 +376,9 @@ def test_a_truncated_newest_checkpoint_is_reported_and_the_one_before_taken(
         (["--classes", "0,1,2,3,4,5,6,7,9,8"], None, "knows the classes"),
         ([], edit_schedule, "schedule.txt line"),
         ([], partial(rewrite, format_version=99), "checkpoint format 99"),
+        ([], partial(sign_anew, threads=torch.ones(2)), "(threads is not as training writes it)"),
+        ([], partial(sign_anew, ema={"a": torch.ones(2)}), "(ema holds other tensors than this"),
+        ([], partial(sign_anew, anchors=None), "trained with other anchors"),
     ],
 )
 def test_what_does_not_fit_is_one_clear_line_and_nothing_is_lost(

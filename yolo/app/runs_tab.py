@@ -1,8 +1,6 @@
 """The Your runs tab, on one's own machine only: the models that were trained here, to be chosen."""
 
-import json
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +54,14 @@ def run_choices() -> list[tuple[str, str]]:
     """Return the runs on this machine, newest first: what they are called, and their folders."""
     choices = []
     for folder in map(RunFolder, list_runs()):
-        results: dict[str, Any] = {}
-        with suppress(OSError, ValueError):
-            results = json.loads(folder.results.read_text())
-        figures = [text.format(results[key]) for key, text in FIGURES if results.get(key)]
+        results = folder.read_results()
+        figures = [
+            text.format(results[key]) for key, text in FIGURES if _is_figure(results.get(key))
+        ]
         steps = f"{len(list_checkpoints(folder.checkpoints))} checkpoints"
         choices.append((", ".join([folder.path.name, *(figures or [steps])]), str(folder.path)))
     return choices
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, int | float) and value != 0

@@ -51,9 +51,12 @@ class State:
         return [value for norm in norms for value in (norm.running_mean, norm.running_var)]
 
     def add_losses(self, names: Sequence[str], terms: Tensor) -> None:
-        """Add the terms [T] of one micro-batch to the sums since the last log line."""
+        """Add the terms [T] of one micro-batch to the sums since the last log line.
+
+        Sums of other terms, as a checkpoint may bring them, give way.
+        """
         values = terms.double().unbind()
-        if self.loss_sums:
+        if self.loss_sums.keys() == {*names}:
             torch._foreach_add_([self.loss_sums[name] for name in names], values)
         else:
             self.loss_sums = dict(zip(names, values, strict=True))

@@ -15,10 +15,12 @@ from yolo.models.darknet_weights import darknet_convolutions
 from yolo.models.yolov3 import ANCHORS_PER_SCALE, YoloV3
 
 CONVOLUTION = re.compile(r"(?:.*\.)?layers\.(\d+)((?:\.(?:layers|pred))?(?:\.\d+)*)\.conv\.weight")
+_NORM = ("weight", "bias", "running_mean", "running_var")
+_BOX = 5  # rows of an anchor before its classes
 
 
 def from_course(model: YoloV3, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """Return a state of the course's code under our names, or None if it is none.
+    """Return a state of the course's code under our names, or None if it is none, or not whole.
 
     Args:
         model: gives the names; its shapes are not compared.
@@ -31,17 +33,30 @@ def from_course(model: YoloV3, state: Mapping[str, Tensor]) -> dict[str, Tensor]
     convolutions = darknet_convolutions(model)
     if len(found) != len(convolutions):
         return None
-    renamed: dict[str, Tensor] = {}
+    names: dict[str, str] = {}  # ours -> theirs
+    heads: set[str] = set()
     for theirs, ours in zip(found, convolutions, strict=True):
         stem = theirs.removesuffix("conv.weight")
         if ours.norm is None:
-            for kind in ("weight", "bias"):
-                value = state[f"{stem}conv.{kind}"]
-                rows = value.view(ANCHORS_PER_SCALE, -1, *value.shape[1:])
-                order = [1, 2, 3, 4, 0, *range(5, rows.shape[1])]
-                renamed[f"{ours.name}.{kind}"] = rows[:, order].reshape(value.shape)
+            heads |= {f"{ours.name}.weight", f"{ours.name}.bias"}
+            names |= {f"{ours.name}.{kind}": f"{stem}conv.{kind}" for kind in ("weight", "bias")}
         else:
-            renamed[f"{ours.name}.0.weight"] = state[f"{stem}conv.weight"]
-            for kind in ("weight", "bias", "running_mean", "running_var"):
-                renamed[f"{ours.name}.1.{kind}"] = state[f"{stem}bn.{kind}"]
-    return renamed
+            names[f"{ours.name}.0.weight"] = f"{stem}conv.weight"
+            names |= {f"{ours.name}.1.{kind}": f"{stem}bn.{kind}" for kind in _NORM}
+    if not state.keys() >= {*names.values()}:
+        return None
+    renamed = {ours: state[theirs] for ours, theirs in names.items()}
+    if not all(rows_fit(renamed[name], ANCHORS_PER_SCALE, _BOX) for name in heads):
+        return None
+    return renamed | {name: _objectness_last(renamed[name]) for name in heads}
+
+
+def rows_fit(value: Tensor, groups: int, fixed: int) -> bool:
+    """Return whether the rows of an output layer are `groups` times `fixed` and some classes."""
+    return value.ndim > 0 and len(value) % groups == 0 and len(value) >= groups * fixed
+
+
+def _objectness_last(value: Tensor) -> Tensor:
+    rows = value.view(ANCHORS_PER_SCALE, len(value) // ANCHORS_PER_SCALE, *value.shape[1:])
+    order = [1, 2, 3, 4, 0, *range(_BOX, rows.shape[1])]
+    return rows[:, order].reshape(value.shape)

@@ -1,13 +1,12 @@
 """What to do next: at most three sentences about a detector's figures, each with its command."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import yaml
 
 from yolo.boxes import letterbox
+from yolo.errors import UserError
 from yolo.runs.folder import RunFolder
 from yolo.runs.logbook import read_metrics
 
@@ -39,24 +38,31 @@ def training_facts(dataset: Any, test_size: int) -> dict[str, Any]:
 def advice(folder: RunFolder, results: Mapping[str, Any]) -> list[str]:
     """Return at most three sentences about a run, from its records and what was measured last.
 
+    A run whose records are damaged gets none.
+
     Args:
         folder: of the run.
         results: of the test at its end, or of a later evaluation.
     """
     if not folder.config.exists() or "class_accuracy" not in results:
         return []
-    config = yaml.safe_load(folder.config.read_text())
-    ended = json.loads(folder.results.read_text()) if folder.results.exists() else {}
-    training = results.get("training") or ended.get("training") or {}
+    try:
+        return _sentences(folder, results)[:MOST]
+    except (OSError, UserError, AttributeError, KeyError, TypeError, ValueError):
+        return []
+
+
+def _sentences(folder: RunFolder, results: Mapping[str, Any]) -> list[str]:
+    config, _ = folder.read_config()
+    training = results.get("training") or folder.read_results().get("training") or {}
     lines = read_metrics(folder.metrics)
-    sentences = [
+    return [
         *_too_short(folder, config, lines),
         *_overfitted(config, lines),
         *_few_boxes(config, training),
         *_small_boxes(config, training),
         *_false_boxes(folder, results),
     ]
-    return sentences[:MOST]
 
 
 def _too_short(

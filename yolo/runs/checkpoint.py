@@ -26,6 +26,7 @@ from yolo.files import bundled, find, replacing
 from yolo.metrics.report import SHOWN_SCORE
 from yolo.models.build import build_model
 from yolo.runs.folder import RunFolder, checkpoint_name, list_checkpoints, step_of
+from yolo.runs.resumable import check_content
 from yolo.runs.trust import check_tensors, describe, public_results, stored_settings
 
 FORMAT_VERSION = 1
@@ -101,9 +102,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch never compresses: a few bytes stay a few
-            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
-                raise ValueError("it is compressed")
+        check_stored(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on damaged bytes torch raises all sorts
         first_line = (str(error) or type(error).__name__).splitlines()[0]
@@ -116,8 +115,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         )
     version = content["format_version"]
     if not isinstance(version, int) or version != FORMAT_VERSION:
+        shown = version if isinstance(version, int) else f"of type {type(version).__name__}"
         raise UserError(
-            f"{path}: has checkpoint format {version}, this version reads "
+            f"{path}: has checkpoint format {shown}, this version reads "
             f"{FORMAT_VERSION}; use the version of the code that wrote it"
         )
     try:
@@ -129,6 +129,29 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path}: is damaged (its digest does not match its content); take an earlier one"
         )
     return content
+
+
+def load_resumable(path: Path) -> dict[str, Any]:
+    """Read a checkpoint that a run is to go on from, and check all that it takes over.
+
+    Raises:
+        UserError: as `load_checkpoint`, or if something is missing or of another type.
+    """
+    content = load_checkpoint(path)
+    check_content(path, content)
+    return content
+
+
+def check_stored(path: Path) -> None:
+    """Refuse a compressed archive: torch writes none, and few bytes could unpack to all memory.
+
+    Raises:
+        ValueError: if it is one.
+        Exception: if it is no archive.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise ValueError("it is compressed")
 
 
 def content_digest(content: Mapping[str, Any]) -> str:
@@ -148,7 +171,7 @@ def find_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     paths = list_checkpoints(folder)
     for path in reversed(paths):
         try:
-            return Checkpoint(path, load_checkpoint(path))
+            return Checkpoint(path, load_resumable(path))
         except UserError as error:
             warn(f"warning: {error}")
     if paths:
@@ -184,6 +207,7 @@ def read_best(folder: Path) -> Path | None:
     """
     for path in reversed(list_checkpoints(folder)):
         try:  # mapped: no tensor is read
+            check_stored(path)
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             name = content["best"] if "best" in content else marked_best(folder)
             return folder / name if name and (folder / name).exists() else None
@@ -372,13 +396,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _results_of_run(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the `results.json` of the run that a checkpoint ended; nothing for an earlier one."""
-    file = path.absolute().parent.parent / "results.json"
-    try:
-        results = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    same = isinstance(results, dict) and results.get("step") == content.get("step")
-    return results if same else {}
+    results, step = RunFolder(path.absolute().parent.parent).read_results(), content.get("step")
+    return results if isinstance(step, int) and results.get("step") == step else {}
 
 
 def _parts(value: Any) -> Iterator[Any]:

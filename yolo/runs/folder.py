@@ -1,6 +1,8 @@
 """The folder of a run: where it is, whether it may be written, and what lies in it."""
 
 import hashlib
+import json
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +18,8 @@ from yolo.files import read_text, replacing
 
 RUNS = Path("runs")
 INDEX = "index.tsv"  # of the runs that were started from here, also of those with another --out-dir
-CHECKPOINTS = "epoch*-step*-lr*.ckpt"
+CHECKPOINT = re.compile(r"epoch[0-9]{1,18}-step([0-9]{1,18})-lr[^/]*\.ckpt")
+SCHEDULE = re.compile(r"schedule-([0-9]{1,18})\.txt")
 LOCK_SECONDS = 10.0  # a killed start may still be ending
 _DIGEST = "# digest "
 
@@ -44,9 +47,11 @@ class RunFolder:
 
     def is_of(self, data_root: str) -> bool:
         """Return whether the run is trained on the data of that folder, wherever it lies now."""
-        stored = yaml.safe_load(self.config.read_text()) if self.config.exists() else None
-        root = str((stored or {}).get("data_root") or "")
-        return Path(root).resolve().name == Path(data_root).resolve().name
+        try:
+            root = str(self.read_config()[0].get("data_root") or "")
+            return Path(root).resolve().name == Path(data_root).resolve().name
+        except (OSError, UserError, ValueError):  # damaged, or a name that no folder can have
+            return False
 
     def write_config(self, config: Config) -> None:
         """Store the configuration so that `--config` can read it back.
@@ -70,6 +75,14 @@ class RunFolder:
         first, _, text = read_text(self.config).partition("\n")
         intact = not first.startswith(_DIGEST) or first == _digest_line(text)
         return read_yaml(self.config), intact
+
+    def read_results(self) -> dict[str, Any]:
+        """Return what is in `results.json`; nothing if it is missing or damaged."""
+        try:
+            results = json.loads(self.results.read_text())
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return results if isinstance(results, dict) else {}
 
     def state(self) -> tuple[tuple[str, int], ...]:
         """Return names and sizes of what a training writes here: they tell if one was at work."""
@@ -101,13 +114,13 @@ class RunFolder:
 
         As in `schedule-3.txt`, `schedule-2.txt`, `schedule.txt`.
         """
-        numbered = (
-            path
+        numbered = [
+            (int(found[1]), path)
             for path in self.path.glob("schedule-*.txt")
-            if path.stem.split("-", 1)[1].isdigit()
-        )
-        replanned = sorted(numbered, key=lambda path: int(path.stem.split("-")[1]))
-        return [*reversed(replanned), *([self.schedule] if self.schedule.exists() else [])]
+            if (found := SCHEDULE.fullmatch(path.name))
+        ]
+        replanned = [path for _, path in sorted(numbered, reverse=True)]
+        return [*replanned, *([self.schedule] if self.schedule.exists() else [])]
 
     def next_schedule(self) -> Path:
         """Return a name for one more schedule, beside those that are there."""
@@ -256,8 +269,10 @@ def newest_unfinished(config_name: str, data_root: str | None = None) -> RunFold
 
 def _index() -> list[list[str]]:
     """Return start, configuration and folder of the runs that were started from here."""
-    lines = (RUNS / INDEX).read_text().splitlines() if (RUNS / INDEX).exists() else []
-    return [fields for line in lines if len(fields := line.split("\t")) == 3]
+    file = RUNS / INDEX
+    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+    # no folder can have a NUL in its name
+    return [fields for line in lines if len(fields := line.split("\t")) == 3 and "\0" not in line]
 
 
 def note_run(config_name: str, folder: Path) -> None:
@@ -298,7 +313,12 @@ def run_of(path: Path) -> RunFolder | None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a `checkpoints/` folder, oldest first (by step)."""
-    return sorted(folder.glob(CHECKPOINTS), key=step_of)
+    return sorted(filter(is_checkpoint, folder.glob("epoch*.ckpt")), key=step_of)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether a file is named as `checkpoint_name` does it."""
+    return CHECKPOINT.fullmatch(path.name) is not None
 
 
 def step_of(path: Path) -> int:

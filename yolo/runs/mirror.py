@@ -21,9 +21,9 @@ from fsspec.spec import AbstractFileSystem
 
 from yolo.errors import UsageError, UserError
 from yolo.files import replacing
-from yolo.runs.checkpoint import BEST_FILE, load_checkpoint
+from yolo.runs.checkpoint import BEST_FILE, load_resumable
 from yolo.runs.folder import (
-    CHECKPOINTS,
+    CHECKPOINT,
     RUNS,
     RunFolder,
     list_checkpoints,
@@ -258,7 +258,7 @@ def fetch_run(
     for path in sorted(newer, key=step_of, reverse=True):
         _get(fs, f"{remote}/checkpoints/{path.name}", path, url)
         try:
-            content = load_checkpoint(path)
+            content = load_resumable(path)
         except UserError as error:
             warn(f"warning: {error} (fetched from {url})")
             path.unlink()
@@ -283,7 +283,7 @@ def _fetch_best(
         if BEST_FILE in names:
             _get(fs, f"{remote}/{BEST_FILE}", marked, url)
             best = best or marked.read_text(errors="replace").strip()
-        if best in names and fnmatch(best, CHECKPOINTS) and not (folder / best).exists():
+        if best in names and CHECKPOINT.fullmatch(best) and not (folder / best).exists():
             _get(fs, f"{remote}/{best}", folder / best, url)
     except UserError as error:
         warn(f"warning: the best checkpoint was not fetched: {error}")
@@ -338,7 +338,7 @@ def _names(fs: AbstractFileSystem, folder: str, url: str) -> list[str]:
 
 
 def _checkpoint_names(fs: AbstractFileSystem, run: str, url: str) -> list[str]:
-    return [name for name in _names(fs, f"{run}/checkpoints", url) if fnmatch(name, CHECKPOINTS)]
+    return [name for name in _names(fs, f"{run}/checkpoints", url) if CHECKPOINT.fullmatch(name)]
 
 
 def _unreadable(url: str, error: Exception) -> UserError:

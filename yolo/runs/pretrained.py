@@ -4,7 +4,6 @@ import json
 import pickle
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,22 @@ from yolo.config import Config
 from yolo.errors import UsageError, UserError
 from yolo.files import bundled, find
 from yolo.models.backbones import TimmBackbone, fetch_state, fit_state
-from yolo.models.course_weights import CONVOLUTION, from_course
+from yolo.models.course_weights import CONVOLUTION, from_course, rows_fit
 from yolo.models.darknet_weights import darknet_convolutions, load_darknet
 from yolo.models.yolov3 import ANCHORS_PER_SCALE, YoloV3
-from yolo.runs.checkpoint import load_checkpoint, read_safetensors, resolve_checkpoint
+from yolo.runs.checkpoint import (
+    check_stored,
+    load_checkpoint,
+    read_safetensors,
+    resolve_checkpoint,
+)
 
 OUTPUT_LAYER = re.compile(r"heads\.\d+\.1\.|classifier\.")  # its size is that of the class list
+ZIP_START = b"PK\x03\x04"  # by which torch knows its files, but for those of before version 1.6
+TYPES = {
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool),
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+}
 WRAPPERS = re.compile(
     r"^(module\.|_orig_mod\.|_forward_module\.)+"
 )  # of DDP, torch.compile and Fabric
@@ -87,7 +96,7 @@ def start_weights(
 def _other_network(start: str, config: Config) -> str | None:
     """Return backbone and width of the bundled weights, if `start` names them and they differ."""
     path = find(Path(start))
-    if path.resolve().parent != bundled("weights").resolve() or not path.is_file():
+    if not path.is_file() or path.resolve().parent != bundled("weights").resolve():
         return None
     with safe_open(path, framework="pt") as file:
         theirs = json.loads(file.metadata()["config"])
@@ -216,7 +225,7 @@ def _init_from_state(
         if state[name].shape != own[name].shape or (same is not None and OUTPUT_LAYER.match(name))
     ]
     for name in other_shape:
-        if not OUTPUT_LAYER.match(name):
+        if not OUTPUT_LAYER.match(name) or not _rows_fit(name, state[name], own[name], same):
             raise UserError(
                 f"{path}: {name} is {list(state[name].shape)} there and {list(own[name].shape)} "
                 "here; use the --width that the file was made with"
@@ -227,9 +236,10 @@ def _init_from_state(
             own[name].copy_(state[name])
         for name in other_shape:
             # where an object is does not depend on what it is called
-            groups, fixed = (ANCHORS_PER_SCALE, 5) if name.startswith("heads.") else (1, 0)
+            groups, fixed = _rows(name)
             new, old = (
-                values.view(groups, -1, *values.shape[1:]) for values in (own[name], state[name])
+                values.reshape(groups, len(values) // groups, *values.shape[1:])
+                for values in (own[name], state[name])
             )
             new[:, :fixed] = old[:, :fixed]
             for label, other in same or ():
@@ -248,38 +258,71 @@ def _init_from_state(
     return LoadReport(path, loaded, kept, unused, notes)
 
 
+def _rows(name: str) -> tuple[int, int]:
+    """Return the anchors of an output layer, and the rows of each before its classes."""
+    return (ANCHORS_PER_SCALE, 5) if name.startswith("heads.") else (1, 0)
+
+
+def _rows_fit(
+    name: str, theirs: Tensor, ours: Tensor, same: Sequence[tuple[int, int]] | None
+) -> bool:
+    """Return whether a layer is of this network but for its classes, and has those it shares."""
+    groups, fixed = _rows(name)
+    last = max((other for _, other in same or ()), default=-1)
+    return rows_fit(theirs, groups, fixed + last + 1) and theirs.shape[1:] == ours.shape[1:]
+
+
 def _read_state(path: Path) -> tuple[dict[str, Tensor], list[str] | None]:
     """Return the named tensors of a file, without the prefixes of wrappers, and its class names."""
-    names = None
+    names: Any = None
     if path.suffix == ".safetensors":
         content: Any
         content, metadata = read_safetensors(path)
-        with suppress(ValueError):  # of another program
+        try:
             names = json.loads(metadata.get("classes", "null"))
+        except (ValueError, RecursionError):  # of another program
+            names = None
     elif path.suffix == ".ckpt":
         try:
             stored = load_checkpoint(path)
-            content, names = stored["ema"], stored["classes"]
+            content, names = stored.get("ema"), stored.get("classes")
         except UserError:
             content = _read_torch_file(path)
-            if not any(
-                map(CONVOLUTION.fullmatch, content)
-            ):  # as Lightning saves the course's model
+            if not any(map(CONVOLUTION.fullmatch, _tensors(content))):  # the course's, by Lightning
                 raise
     else:
         content = _read_torch_file(path)
-    tensors = {
-        WRAPPERS.sub("", name): value
-        for name, value in content.items()
-        if isinstance(value, Tensor)
-    }
+    tensors = _tensors(content)
     if not tensors:
         raise UserError(f"{path}: holds no named tensors")
-    return tensors, names
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return tensors, names if is_list else None
+
+
+def _tensors(content: Any) -> dict[str, Tensor]:
+    """Return what can be copied from a file, without the prefixes of wrappers.
+
+    Sparse and quantized tensors, and those without values, are left out.
+    """
+    items = content.items() if isinstance(content, Mapping) else ()
+    return {
+        WRAPPERS.sub("", name): value
+        for name, value in items
+        if isinstance(name, str)
+        and isinstance(value, Tensor)
+        and value.dtype in TYPES
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+        and not value.is_nested
+    }
 
 
 def _read_torch_file(path: Path) -> Mapping[str, Any]:
     try:
+        with path.open("rb") as file:
+            start = file.read(len(ZIP_START))
+        if start == ZIP_START:
+            check_stored(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(

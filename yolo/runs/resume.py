@@ -9,8 +9,9 @@ import torch
 
 from yolo.config import Config
 from yolo.errors import UserError
-from yolo.runs.checkpoint import Checkpoint, find_newest, load_checkpoint, marked_best
+from yolo.runs.checkpoint import Checkpoint, find_newest, load_resumable, marked_best
 from yolo.runs.folder import RunFolder, RunPlan
+from yolo.runs.resumable import check_fits
 from yolo.schedule import Schedule, check_resume, differences, read_schedule, replan
 from yolo.tasks.base import Task
 
@@ -44,7 +45,7 @@ def open_checkpoint(plan: RunPlan, fabric: Any) -> Checkpoint | None:
         if path is None:
             fabric.print(f"nothing to resume in {plan.folder.path}: starting fresh")
             return None
-    return newest or Checkpoint(path, load_checkpoint(path))
+    return newest or Checkpoint(path, load_resumable(path))
 
 
 def check_settings(plan: RunPlan, checkpoint: Checkpoint | None, config: Config) -> None:
@@ -101,6 +102,7 @@ def resume(
     """
     path, content = checkpoint.path, checkpoint.content
     _check_same(checkpoint, task)
+    check_fits(path, content, state)
     for notice in state.load_state_dict(content):
         log(f"note: {notice}")
     file, schedule = _stored_schedule(checkpoint, folder, planned)
@@ -139,7 +141,10 @@ def _check_same(checkpoint: Checkpoint, task: Task) -> None:
             f"{path}: knows the classes {', '.join(content['classes'])}; the data has "
             f"{', '.join(task.class_names)}; use the same data, or start anew with --init-weights"
         )
-    if task.anchors is not None and not torch.equal(content["anchors"], task.anchors.cpu()):
+    anchors, now_anchors = (
+        None if values is None else values.cpu() for values in (content["anchors"], task.anchors)
+    )
+    if now_anchors is not None and (anchors is None or not torch.equal(anchors, now_anchors)):
         raise UserError(
             f"{path}: was trained with other anchors; give the same --anchors and --test-size"
         )
