@@ -184,7 +184,9 @@ def annotated_size(root: Element) -> tuple[int, int] | None:
 
 
 def _object(node: Element) -> RawBox:
-    edges = {edge.tag: edge.text or "" for edge in node.iterfind("bndbox/*")}
+    edges: dict[str, str] = {}
+    for edge in node.iterfind("bndbox/*"):
+        edges.setdefault(edge.tag, edge.text or "")  # of several the first counts
     left, top, right, bottom = (float(edges[key]) for key in ("xmin", "ymin", "xmax", "ymax"))
     name = node.findtext("name", "").strip()
     if not name:
