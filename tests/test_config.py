@@ -159,7 +159,9 @@ def test_intervals_are_steps_or_times(text, expected):
     assert parse_interval(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "0", "10x", "m", "-5", "2h45", "1.2.3m", "²", "9" * 5000, "9" * 400 + "h"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "10x", "m", "-5", "2h45", "1.2.3m", "²", "9" * 5000, "9" * 400 + "h"]
+)
 def test_bad_intervals_are_refused(text):
     with pytest.raises(UsageError):
         parse_interval(text)

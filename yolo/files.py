@@ -7,6 +7,7 @@ import stat
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain, count
+from os.path import exists  # of a name that no file can have it says no, where `Path` raises
 from pathlib import Path
 from typing import Any
 
@@ -159,10 +160,10 @@ def find(path: Path) -> Path:
 
     Where bundled weights of earlier versions are named, those that took their place are meant.
     """
-    if path.name in REPLACED and not path.exists():
+    if path.name in REPLACED and not exists(path):
         successor = find(path.with_name(REPLACED[path.name]))
-        return successor if successor.exists() else path
-    if path.parts[:1] in [("configs",), ("weights",), ("samples",)] and not path.exists():
+        return successor if exists(successor) else path
+    if path.parts[:1] in [("configs",), ("weights",), ("samples",)] and not exists(path):
         found = bundled(str(path))
-        return found if found.exists() else path
+        return found if exists(found) else path
     return path

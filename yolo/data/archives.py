@@ -147,9 +147,7 @@ def unpacked(archive: Path) -> Path:
         for inside, read in read_members(archive, lambda path: True):
             if inside.is_absolute() or ".." in inside.parts:
                 raise UserError(f"{archive}: {inside} would be written outside of its folder")
-            file = part / inside
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(read())
+            _write_member(archive, inside, part / inside, read)
         part.chmod(0o755)
         part.rename(place / name)
     except BaseException as error:
@@ -157,6 +155,25 @@ def unpacked(archive: Path) -> Path:
         if not (isinstance(error, OSError) and (place / name).is_dir()):  # another rank was first
             raise
     return place / name
+
+
+def _write_member(
+    archive: Path, inside: PurePosixPath, file: Path, read: Callable[[], bytes]
+) -> None:
+    """Write one file of an archive; what fails names both."""
+    try:
+        content = read()
+    except UserError as error:
+        raise UserError(f"{archive}: {error}") from None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{archive}: {inside} cannot be written ({why}); unpack the archive yourself, and name "
+            "its folder"
+        ) from None
 
 
 def _folder_members(root: Path, wanted: Wanted) -> Members:
