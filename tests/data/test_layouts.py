@@ -177,6 +177,19 @@ def test_a_member_that_no_file_can_be_named_like_is_one_line(tmp_path: Path, mem
     assert [*tmp_path.iterdir()] == [path]
 
 
+def test_a_tar_whose_first_size_no_file_has_is_one_line(tmp_path: Path):
+    path = tmp_path / "cups.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        tar.addfile(tarfile.TarInfo(LONG))  # starts with a header that holds the long name
+    packed = bytearray(path.read_bytes())
+    packed[124:136] = b"\x80" + b"\0" * 3 + b"\x7f" * 8
+    packed[148:156] = b" " * 8
+    packed[148:156] = b"%06o\0 " % sum(packed[:512])
+    path.write_bytes(packed)
+    with pytest.raises(UserError, match=r"cups\.tar: is damaged or truncated"):
+        recognise(path)
+
+
 def test_a_damaged_member_is_named_with_its_archive(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(archives, "MAX_MEMBER", 3)
     with zipfile.ZipFile(tmp_path / "cups.zip", "w") as packed:

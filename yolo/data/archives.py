@@ -106,8 +106,11 @@ def read_members(root: Path, wanted: Wanted) -> Members:
 
 
 def is_archive(path: Path) -> bool:
-    """Return whether a file can be read as a zip or a tar of any compression."""
-    return zipfile.is_zipfile(path) or tarfile.is_tarfile(path)
+    """Return whether a file is a zip or a tar of any compression, be it a damaged one."""
+    try:
+        return zipfile.is_zipfile(path) or tarfile.is_tarfile(path)
+    except DAMAGED:  # a size in it that no file has; its reader says so
+        return True
 
 
 def archive_names(path: Path) -> list[PurePosixPath]:
