@@ -14,6 +14,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -257,6 +258,12 @@ def _readers(folder: Path) -> list[Reader]:
             lambda folder, _: recognise(folder / "classes.zip", "yolo"),
         ),
         Reader(
+            "--data-root alone, tar",
+            "classes.tar",
+            m.mutate_tar,
+            lambda folder, _: recognise(folder / "classes.tar", "yolo"),
+        ),
+        Reader(
             "picture of a data set, JPEG",
             "pictures/images/train/b.jpg",
             m.mutate_image,
@@ -496,6 +503,9 @@ VALUES: tuple[Any, ...] = (
     float("inf"),
     "",
     "x" * 100_000,
+    "n" * 300,
+    "a\0b.jpg",
+    "/",
     "\x1b[31m\n",
     [],
     [[]],
@@ -552,9 +562,8 @@ def mutate_json(rng: Random, data: bytes) -> bytes:
         if keys and rng.random() < 0.3:
             del place[key]
         elif keys:
-            place[key] = rng.choice(
-                [value for value in VALUES if not isinstance(value, torch.Tensor)]
-            )
+            values = [value for value in VALUES if not isinstance(value, torch.Tensor)]
+            place[key] = deepcopy(rng.choice(values))  # nothing may come to contain itself
     return json.dumps(content).encode()
 
 

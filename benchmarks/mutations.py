@@ -22,6 +22,9 @@ WORDS = (
     "0",
     "-0",
     "1e400",
+    "1.e999",
+    ".inf",
+    ".nan",
     "1e308",
     "0x1F",
     "1_000",
@@ -52,6 +55,9 @@ WORDS = (
     "\u202e",
     "\ud800",
     "a" * 200_000,
+    "n" * 300,
+    "a\0b.jpg",
+    "/",
     "'",
     '"',
     "<a>",
@@ -332,9 +338,14 @@ def mutate_tar(rng: Random, data: bytes) -> bytes:
                         "../../x.png",
                         "/etc/x.png",
                         "train/a/" + "n" * 300 + ".png",
+                        "train/a/0\0.png",
+                        "train/cat/0.png/0.png",
+                        ".",
                         "train/\udcff.png",
                     )
                 )
+            if "\0" in member.name:  # which only this header can hold
+                member.pax_headers = {"path": member.name}
             if rng.random() < 0.1:
                 member.type = rng.choice(
                     (

@@ -120,6 +120,15 @@ def test_a_missing_yaml_file_is_named(tmp_path):
         ({"devices": 0}, "--devices 0: must be positive"),
         ({"ignore_iou": 1.5}, "--ignore-iou 1.5: must lie between 0 and 1"),
         ({"score_threshold": float("nan")}, "--score-threshold"),
+        ({"epochs": float("inf")}, "--epochs inf: must be positive and finite"),
+        ({"width": float("inf")}, "--width inf: must be positive and finite"),
+        ({"max_lr": float("nan")}, "--max-lr nan: must be positive and finite"),
+        ({"weight_decay": float("inf")}, "--weight-decay inf: must be finite"),
+        ({"box_weight": float("nan")}, "--box-weight nan: must be finite"),
+        ({"no_object_scales": (1.0, float("nan"), 1.0)}, "--no-object-scales 1.0,nan,1.0: want"),
+        ({"anchors": ",".join(["nan", *["9"] * 17])}, "--anchors nan,9"),
+        ({"anchors": ",".join([*["9"] * 17, "nan"])}, "--anchors 9,9"),
+        ({"anchors": ",".join([*["9"] * 17, "inf"])}, "18 positive, finite numbers"),
     ],
 )
 def test_values_that_cannot_work_are_refused_by_their_flag(values, flag):
@@ -150,7 +159,9 @@ def test_intervals_are_steps_or_times(text, expected):
     assert parse_interval(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "0", "10x", "m", "-5", "2h45", "1.2.3m", "²"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "10x", "m", "-5", "2h45", "1.2.3m", "²", "9" * 5000, "9" * 400 + "h"]
+)
 def test_bad_intervals_are_refused(text):
     with pytest.raises(UsageError):
         parse_interval(text)

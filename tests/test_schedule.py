@@ -1,6 +1,7 @@
 """The schedule file: torch's one-cycle, exact in text, guarded against edits and other runs."""
 
 import dataclasses
+import time
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,18 @@ def test_a_changed_file_is_refused_with_the_place_and_a_way_out(
         read_schedule(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("epochs", ["900000000", "1.e999", "9" * 400, "1.5e300"])
+def test_a_changed_file_of_endless_epochs_is_not_planned_again(tmp_path: Path, epochs: str) -> None:
+    path = tmp_path / "schedule.txt"
+    write_schedule(planned(), path)
+    path.write_text(path.read_text().replace("# epochs 4\n", f"# epochs {epochs}\n"))
+    start = time.process_time()
+    with pytest.raises(UserError, match=r"schedule\.txt: the file was changed") as caught:
+        read_schedule(path)
+    assert "\n" not in str(caught.value)
+    assert time.process_time() - start < 5
 
 
 def test_a_missing_file_is_one_clear_line(tmp_path: Path) -> None:

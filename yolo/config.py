@@ -5,6 +5,7 @@ cheap to import: `--help` answers without torch.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,12 +50,20 @@ def _fault_of_sizes(value: int | tuple[int, ...]) -> str | None:
 
 
 def _fault_of_three(value: tuple[float, ...]) -> str | None:
-    good = len(value) == 3 and min(value) >= 0
+    good = len(value) == 3 and all(0 <= factor < math.inf for factor in value)
     return None if good else "want three factors, as in 1,1,0.5"
 
 
-Positive = Annotated[T, Check(lambda value: None if value > 0 else "must be positive")]
-NotNegative = Annotated[T, Check(lambda value: None if value >= 0 else "must not be negative")]
+def _fault_of_positive(value: float) -> str | None:
+    return None if 0 < value < math.inf else "must be positive and finite"
+
+
+def _fault_of_not_negative(value: float) -> str | None:
+    return None if 0 <= value < math.inf else "must be finite and not negative"
+
+
+Positive = Annotated[T, Check(_fault_of_positive)]
+NotNegative = Annotated[T, Check(_fault_of_not_negative)]
 Share = Annotated[T, Check(lambda value: None if 0 <= value <= 1 else "must lie between 0 and 1")]
 Probability = Share[float]
 Stride32 = Annotated[T, Check(_fault_of_sizes)]
@@ -195,10 +204,10 @@ class LossConfig:
     """`reference`: that of the course's code. `ranked`: empty cells of finer scales weigh more, so
     that scores of different scales can be compared, and boxes learn by their overlap. The flags
     below change one of its settings each."""
-    box_weight: float | None = None
-    object_weight: float | None = None
-    no_object_weight: float | None = None
-    class_weight: float | None = None
+    box_weight: NotNegative[float | None] = None
+    object_weight: NotNegative[float | None] = None
+    no_object_weight: NotNegative[float | None] = None
+    class_weight: NotNegative[float | None] = None
     no_object_scales: Annotated[Floats | None, Check(_fault_of_three)] = None
     """Factors on the no-object terms of strides 32, 16 and 8, each a mean over the empty cells of
     its scale, as in `1,2,4`."""
@@ -422,10 +431,10 @@ def anchor_sizes(text: str) -> tuple[float, ...] | None:
         numbers = tuple(float(word) for word in text.split(","))
     except ValueError:
         numbers = ()
-    if len(numbers) != 18 or min(numbers) <= 0:
+    if len(numbers) != 18 or not all(0 < number < math.inf for number in numbers):
         raise UsageError(
-            f"--anchors {text}: want coco, auto, or nine pairs w,h (18 positive numbers, small to "
-            "large)"
+            f"--anchors {text}: want coco, auto, or nine pairs w,h (18 positive, finite "
+            "numbers, small to large)"
         )
     return numbers
 
@@ -436,11 +445,11 @@ def parse_interval(text: str) -> tuple[int | None, float | None]:
     Raises:
         UsageError: if the text is neither.
     """
-    if text.isdecimal() and int(text) > 0:
+    if text.isdecimal() and len(text) < 20 and int(text) > 0:
         return int(text), None
     parts = re.findall(r"(\d+(?:\.\d+)?)([smh])", text)
     seconds = sum(float(number) * {"s": 1, "m": 60, "h": 3600}[unit] for number, unit in parts)
-    if "".join(number + unit for number, unit in parts) != text or seconds <= 0:
+    if "".join(number + unit for number, unit in parts) != text or not 0 < seconds < math.inf:
         raise UsageError(
             f"'{text}' is no interval: want a number of steps such as 500, or a time such as 90s, "
             "10m, 2h45m"

@@ -7,6 +7,7 @@ import stat
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain, count
+from os.path import exists  # of a name that no file can have it says no, where `Path` raises
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,7 @@ def bundled(name: str) -> Path:
 
 def find(path: Path) -> Path:
     """Return `path`, or the bundled file for `configs/voc.yaml` and such not in this folder."""
-    if path.parts[:1] in [("configs",), ("weights",), ("samples",)] and not path.exists():
+    if path.parts[:1] in [("configs",), ("weights",), ("samples",)] and not exists(path):
         found = bundled(str(path))
-        return found if found.exists() else path
+        return found if exists(found) else path
     return path

@@ -265,10 +265,15 @@ def _parse(lines: list[str], path: Path) -> tuple[Schedule, str]:
 
 
 def _first_edit(schedule: Schedule, lines: list[str]) -> str:
-    """Return ` line N (...)` for the first line, if any, that does not follow from its header."""
+    """Return ` line N (...)` for the first line, if any, that does not follow from its header.
+
+    A header that means far more rows than the file has is the edit itself, and is not planned.
+    """
     try:
+        if not schedule.epochs * schedule.steps_per_epoch <= 10 * (len(lines) + 10_000):
+            return ""
         whole = _with_cycle(schedule)
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         return ""
     start, position = schedule.replanned_step, schedule.replanned_position
     planned = dataclasses.replace(

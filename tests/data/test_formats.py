@@ -227,6 +227,18 @@ def test_a_line_of_a_list_that_no_file_can_be_named_is_a_defect_like_any_other(t
         read_yolo_folder(tmp_path, "train", None)
 
 
+def test_a_line_of_a_list_that_is_the_root_folder_is_a_defect_like_any_other(tmp_path: Path):
+    write_pair(tmp_path / "a.jpg", tmp_path / "a.txt", "0 0.5 0.5 1 1")
+    (tmp_path / "data.yaml").write_text("names: [cat]\n")
+    (tmp_path / "train.txt").write_text("a.jpg\n/\n")
+    with pytest.raises(UserError, match=r"^/: is no image"):
+        read_yolo_folder(tmp_path, "train", None)
+    assert len(read_yolo_folder(tmp_path, "train", None, skip_bad=True).skipped) == 1
+    (tmp_path / "train.txt").write_text("/\n")
+    with pytest.raises(UserError, match="none of the 1 images has a label file"):
+        read_yolo_folder(tmp_path, "train", None)
+
+
 def test_a_file_as_data_root_is_an_error_that_asks_for_its_folder(folder: Path):
     cfg = Config(dataset="yolo", data_root=str(folder / "data.yaml"))
     with pytest.raises(UserError, match="is a file; name the folder"):

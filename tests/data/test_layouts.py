@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import layouts
@@ -13,12 +15,14 @@ import pytest
 
 import train
 from yolo.config import Config
-from yolo.data import classifier_images
+from yolo.data import archives, classifier_images
 from yolo.data.class_names import VOC_CLASSES
+from yolo.data.images import list_pictures
 from yolo.data.layouts import Reading, recognise
 from yolo.data.sources import open_dataset, open_datasets
 from yolo.data.splits import drawn, parse_split
-from yolo.errors import UserError
+from yolo.errors import UserError, one_line
+from yolo.files import find
 
 FOUND = {  # splits by role, pictures to train on / to choose by / to test on, and the configuration
     "voc folder": ("voc", {"train": "train", "val": "val", "test": "test"}, (10, 4, 3)),
@@ -154,6 +158,64 @@ def test_an_archive_is_unpacked_once_beside_itself(tmp_path: Path):
     before = first.stat().st_mtime_ns
     assert recognise(archive).root == first and first.stat().st_mtime_ns == before
     assert not [path for path in archive.parent.iterdir() if path.name.startswith(".")]
+
+
+LONG = "n" * 300
+
+
+@pytest.mark.parametrize("member", ["a\0b.jpg", f"{LONG}.jpg", "images/a.jpg/b.jpg", "."])
+def test_a_member_that_no_file_can_be_named_like_is_one_line(tmp_path: Path, member: str):
+    path = tmp_path / "cups.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name in ("images/a.jpg", member):
+            entry = tarfile.TarInfo("pax" if "\0" in name else name)
+            entry.pax_headers = {"path": name} if "\0" in name else {}
+            tar.addfile(entry)
+    with pytest.raises(UserError, match=r"cups\.tar: .* cannot be written \(") as caught:
+        recognise(path)
+    assert one_line(member) in str(caught.value)
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_a_tar_whose_first_size_no_file_has_is_one_line(tmp_path: Path):
+    path = tmp_path / "cups.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        tar.addfile(tarfile.TarInfo(LONG))  # starts with a header that holds the long name
+    packed = bytearray(path.read_bytes())
+    packed[124:136] = b"\x80" + b"\0" * 3 + b"\x7f" * 8
+    packed[148:156] = b" " * 8
+    packed[148:156] = b"%06o\0 " % sum(packed[:512])
+    path.write_bytes(packed)
+    with pytest.raises(UserError, match=r"cups\.tar: is damaged or truncated"):
+        recognise(path)
+
+
+def test_a_damaged_member_is_named_with_its_archive(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(archives, "MAX_MEMBER", 3)
+    with zipfile.ZipFile(tmp_path / "cups.zip", "w") as packed:
+        packed.writestr("a.txt", b"more")
+    with pytest.raises(UserError, match=r"cups\.zip: a\.txt: has"):
+        recognise(tmp_path / "cups.zip")
+
+
+@pytest.mark.parametrize("dataset", ["voc", "yolo", "coco", "csv", "digits"])
+@pytest.mark.parametrize("split", ["train", LONG, f"1:{LONG}"])
+def test_a_setting_that_no_file_can_be_named_like_is_the_usual_line(
+    tmp_path: Path, dataset: str, split: str
+):
+    root = layouts.make("voc folder", tmp_path) if LONG in split else Path(LONG)
+    cfg = Config(data_root=str(root), dataset=dataset)
+    with pytest.raises(UserError, match=LONG):
+        open_dataset(cfg, split, None)
+
+
+def test_what_no_file_can_be_named_like_is_not_there():
+    for name in (LONG, f"configs/{LONG}", f"{LONG}/voc_small_yolov3.safetensors"):
+        assert find(Path(name)) == Path(name)
+    with pytest.raises(UserError, match="does not exist"):
+        recognise(Path(LONG))
+    with pytest.raises(UserError, match="names no images"):
+        list_pictures(LONG)
 
 
 def test_two_possible_readings_are_an_error_that_shows_both(tmp_path: Path):

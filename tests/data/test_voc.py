@@ -119,6 +119,17 @@ def test_what_other_programs_write_differently_is_read(root: Path):
     assert [len(annotation.labels) for annotation in dataset.annotations] == [1, 1, 1]
 
 
+def test_of_several_boxes_or_edges_of_an_object_the_first_counts(root: Path):
+    box = thing(box=(1, 2, 30, 40))
+    write_image(root, "edges", box.replace("</bndbox>", "<xmin>9</xmin></bndbox>"))
+    second = thing(box=(5, 6, 7, 8)).partition("<bndbox>")[2].partition("</bndbox>")[0]
+    write_image(root, "boxes", box.replace("</object>", f"<bndbox>{second}</bndbox></object>"))
+    data = read_voc(root, "train", None)
+    for image_id in ("edges", "boxes"):
+        found = data.annotation(data.image_ids.index(image_id)).boxes
+        assert found.tolist() == [[0, 1, 30, 40]]
+
+
 def test_a_single_folder_asks_for_the_names_of_its_splits(root: Path):
     message = refusal(root, "2007:trainval")
     assert "(train) with --train-split and --split" in message

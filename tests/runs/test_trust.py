@@ -203,7 +203,7 @@ def test_an_edited_configuration_beside_a_checkpoint_names_no_data(
     ("key", "value", "message"),
     [
         ("width", 1e9, "width is 1e.09; at most 8"),
-        ("width", float("inf"), "width is inf"),
+        ("width", float("inf"), "width inf: must be positive and finite"),
         ("width", float("nan"), "must be positive"),
         ("width", "wide", "could not convert"),
         ("width", 4.0, "does not fit its own configuration"),

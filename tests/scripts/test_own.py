@@ -10,6 +10,7 @@ import evaluate
 import train
 from yolo.config import Config
 from yolo.engine import memory
+from yolo.errors import UserError
 from yolo.runs.checkpoint import load_weights, resolve_checkpoint
 
 SMALL = [
@@ -26,6 +27,31 @@ SMALL = [
 ]
 SMALL += ["--workers", "0", "--accelerator", "cpu", "--precision", "32-true", "--log-every", "2"]
 PLAN = ["--train-steps", "6", "--tests", "3"]
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "expected"),
+    [
+        ("val_fraction: [1]", [], "'val_fraction: [1]' has a value of the wrong type"),
+        ("val_fraction: null", [], "'val_fraction: None' has a value of the wrong type"),
+        ("val_fraction: .nan", [], "--val-fraction nan: must lie between 0 and 1"),
+        ("", ["--val-fraction", "x"], "--val-fraction x: want a number between 0 and 1"),
+        ("", ["--val-fraction", "1.5"], "--val-fraction 1.5: must lie between 0 and 1"),
+        ("data_root: 5", None, "--data-root 5: does not exist"),
+        ("data_root: true", None, "'data_root: True' has a value of the wrong type"),
+    ],
+)
+def test_what_is_read_ahead_of_a_configuration_is_checked_too(
+    tmp_path: Path, text: str, flags: list[str] | None, expected: str
+) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(f"dataset: auto\n{text}\n")
+    if flags is not None:
+        flags = [*flags, "--data-root", str(layouts.make("labelImg", tmp_path / "cups"))]
+    with pytest.raises(UserError) as caught:
+        train.main(["--config", str(config), *(flags or [])])
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture(scope="module")

@@ -106,8 +106,11 @@ def read_members(root: Path, wanted: Wanted) -> Members:
 
 
 def is_archive(path: Path) -> bool:
-    """Return whether a file can be read as a zip or a tar of any compression."""
-    return zipfile.is_zipfile(path) or tarfile.is_tarfile(path)
+    """Return whether a file is a zip or a tar of any compression, be it a damaged one."""
+    try:
+        return zipfile.is_zipfile(path) or tarfile.is_tarfile(path)
+    except DAMAGED:  # a size in it that no file has; its reader says so
+        return True
 
 
 def archive_names(path: Path) -> list[PurePosixPath]:
@@ -147,9 +150,7 @@ def unpacked(archive: Path) -> Path:
         for inside, read in read_members(archive, lambda path: True):
             if inside.is_absolute() or ".." in inside.parts:
                 raise UserError(f"{archive}: {inside} would be written outside of its folder")
-            file = part / inside
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(read())
+            _write_member(archive, inside, part / inside, read)
         part.chmod(0o755)
         part.rename(place / name)
     except BaseException as error:
@@ -157,6 +158,25 @@ def unpacked(archive: Path) -> Path:
         if not (isinstance(error, OSError) and (place / name).is_dir()):  # another rank was first
             raise
     return place / name
+
+
+def _write_member(
+    archive: Path, inside: PurePosixPath, file: Path, read: Callable[[], bytes]
+) -> None:
+    """Write one file of an archive; what fails names both."""
+    try:
+        content = read()
+    except UserError as error:
+        raise UserError(f"{archive}: {error}") from None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{archive}: {inside} cannot be written ({why}); unpack the archive yourself, and name "
+            "its folder"
+        ) from None
 
 
 def _folder_members(root: Path, wanted: Wanted) -> Members:

@@ -7,6 +7,7 @@ share. Binary format: https://www.cs.toronto.edu/~kriz/cifar.html (Krizhevsky 20
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from os.path import exists, isfile  # of a name that no file can have they say no
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -200,8 +201,8 @@ def _binary_source(root: Path, download: bool) -> Path:
     """Return the folder or archive of the batches; one of the official name must have its MD5."""
     from torchvision.datasets.utils import check_integrity, download_url
 
-    archive = root if root.is_file() else root / Path(CIFAR10_URL).name
-    if download and (archive.exists() or not any(root.rglob("*.bin"))):
+    archive = root if isfile(root) else root / Path(CIFAR10_URL).name
+    if download and (exists(archive) or not any(root.rglob("*.bin"))):
         try:
             download_url(
                 CIFAR10_URL, archive.parent, archive.name, CIFAR10_MD5
@@ -210,13 +211,13 @@ def _binary_source(root: Path, download: bool) -> Path:
             raise UserError(
                 f"{CIFAR10_URL}: the download failed ({error}); put it at {archive}"
             ) from None
-    if archive.name == Path(CIFAR10_URL).name and archive.exists():
+    if archive.name == Path(CIFAR10_URL).name and exists(archive):
         if not check_integrity(archive, CIFAR10_MD5):
             raise UserError(
                 f"{archive}: is not the official file (MD5 differs); --download fetches it anew"
             )
         return archive
-    if not root.exists():
+    if not exists(root):
         raise UserError(f"--data-root {root}: does not exist; --download fetches CIFAR-10 into it")
     return root
 

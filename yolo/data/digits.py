@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass
+from os.path import exists, isdir
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -56,14 +57,20 @@ def ensure_digits(root: Path, seed: int = 0, progress: bool = True) -> Path:
     Returns:
         `root`: one VOC-XML folder with the splits `train` and `test`.
     """
-    if (root / "ImageSets").is_dir():
+    if isdir(root / "ImageSets"):
         return root
-    if root.exists() and any(root.iterdir()):
+    if exists(root) and any(root.iterdir()):
         raise UserError(
             f"{root} exists but holds no digits data set: move it away, or name another --data-root"
         )
-    root.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"--data-root {root}: cannot be made ({why}); name another folder"
+        ) from None
     try:
         write_digits(unfinished, seed, progress=progress)
         unfinished.chmod(0o755)  # mkdtemp keeps other users out

@@ -1,6 +1,7 @@
 """The pictures that `--images` names, and how a network sees them."""
 
 import glob
+from os.path import isdir, isfile  # of a name that no file can have they say no
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,14 +23,14 @@ def list_pictures(pattern: str) -> list[Path]:
         UsageError: if there are none.
     """
     path = find(Path(pattern))
-    if path.is_file():
+    if isfile(path):
         return [path]
-    found = path.iterdir() if path.is_dir() else map(Path, glob.glob(pattern, recursive=True))
+    found = path.iterdir() if isdir(path) else map(Path, glob.glob(pattern, recursive=True))
     pictures = sorted(
-        file for file in found if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
+        file for file in found if file.suffix.lower() in IMAGE_SUFFIXES and isfile(file)
     )
     if not pictures:
-        what = "holds no images" if path.is_dir() else "names no images"
+        what = "holds no images" if isdir(path) else "names no images"
         raise UsageError(f"--images {pattern}: {what} ({', '.join(IMAGE_SUFFIXES)})")
     return pictures
 

@@ -131,7 +131,7 @@ def recognise(root: Path, dataset: str | None = None) -> Reading:
     Raises:
         UserError: if no reading, or more than one, is possible; with what was found.
     """
-    if not root.exists():
+    if not exists(root):
         raise UserError(f"--data-root {root}: does not exist")
     if root.is_file() and is_archive(root):
         names = tuple(archive_names(root))
@@ -451,7 +451,11 @@ def find_class_folders(listing: Listing) -> Iterator[Reading]:
     """Find a folder of pictures per class, in `train/`, `test/` or without splits; no labels."""
     kinds = {path.suffix.lower() for path in listing.files}
     has_labels = any(path.with_suffix(".txt") in listing.known for path in listing.images)
-    if has_labels or kinds & {".xml", ".json"} or "labels" in {p.parts[0] for p in listing.files}:
+    if (
+        has_labels
+        or kinds & {".xml", ".json"}
+        or ("labels",) in {p.parts[:1] for p in listing.files}
+    ):
         return
     classes: dict[str, set[str]] = {}
     for path in listing.images:

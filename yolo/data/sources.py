@@ -1,6 +1,7 @@
 """Opens the data set that a configuration names, whatever its layout."""
 
 from collections.abc import Sequence
+from os.path import isfile
 from pathlib import Path
 
 from yolo.config import Config
@@ -57,7 +58,7 @@ def open_dataset(cfg: Config, split: str, class_names: Sequence[str] | None) -> 
         UserError: for missing data or the first defect.
     """
     root = Path(cfg.data_root or f"data/{cfg.dataset}")
-    if root.is_file():
+    if isfile(root):
         raise UserError(f"--data-root {root}: is a file; name the folder that it lies in")
     whole, share = parse_split(split)
     if cfg.dataset == "digits":

@@ -9,7 +9,7 @@ sets. VOC counts pixels from 1 and includes the last one; here, and nowhere else
 """
 
 from collections.abc import Sequence
-from os.path import exists
+from os.path import exists, isdir, isfile  # of a name that no file can have they say no
 from pathlib import Path
 from xml.etree.ElementTree import Element, ParseError, fromstring
 
@@ -66,7 +66,8 @@ def _xml_of_list(root: Path, part: str) -> dict[str, Path]:
 
 def _xml_folder(root: Path, part: str) -> dict[str, Path]:
     """Return the annotation files of a folder that a split names by path; none if it does not."""
-    if ":" in part or (root / "ImageSets" / "Main" / f"{part}.txt").is_file():
+    listed = isfile(root / "ImageSets" / "Main" / f"{part}.txt")
+    if ":" in part or listed or not isdir(root / part):
         return {}
     prefix = "" if part in ("", ".", "Annotations") else f"{part}/"
     files = sorted((root / part).glob("*.xml"))
@@ -84,14 +85,14 @@ def _locate(root: Path, part: str) -> tuple[Path, str]:
     year, _, subset = part.rpartition(":")
     folders = year_folders(root, year) if year else [root]
     for folder in folders:
-        if (folder / "Annotations").is_dir():
+        if isdir(folder / "Annotations"):
             return folder, subset
     raise UserError(_nothing_found(root, part, folders))
 
 
 def _nothing_found(root: Path, part: str, folders: list[Path]) -> str:
     looked = " or ".join(str(folder / "Annotations") for folder in folders)
-    if not root.is_dir():
+    if not isdir(root):
         return (
             f"no data set at {root} (looked for {looked}): name --data-root; train.py --download "
             "fetches VOC"
@@ -100,7 +101,7 @@ def _nothing_found(root: Path, part: str, folders: list[Path]) -> str:
     if years:
         held, example = f"{root} holds the years {', '.join(years)}", f"{years[0]}:trainval"
         return f"split '{part}': {held}; name one, as in {example}"
-    if (root / "Annotations").is_dir():
+    if isdir(root / "Annotations"):
         return (
             f"split '{part}': {root} is one folder of VOC files without years: name its splits "
             f"({_listed_splits(root)}) with --train-split and --split"
@@ -172,7 +173,7 @@ def _image_of(path: Path) -> Path:
     if role_folder := path.parent.name if above.name.lower() == "annotations" else "":
         places += [above.parent / name / role_folder for name in ("JPEGImages", "images")]
     found = (find_image(place, path.stem) for place in places)
-    return next(filter(Path.exists, found), None) or find_image(places[0], path.stem)
+    return next(filter(exists, found), None) or find_image(places[0], path.stem)
 
 
 def annotated_size(root: Element) -> tuple[int, int] | None:
@@ -184,7 +185,9 @@ def annotated_size(root: Element) -> tuple[int, int] | None:
 
 
 def _object(node: Element) -> RawBox:
-    edges = {edge.tag: edge.text or "" for edge in node.iterfind("bndbox/*")}
+    edges: dict[str, str] = {}
+    for edge in node.iterfind("bndbox/*"):
+        edges.setdefault(edge.tag, edge.text or "")  # of several the first counts
     left, top, right, bottom = (float(edges[key]) for key in ("xmin", "ymin", "xmax", "ymax"))
     name = node.findtext("name", "").strip()
     if not name:

@@ -46,9 +46,7 @@ def read_csv_layout(
     """
     path = root / f"{split}.csv"
     if not isfile(path):
-        raise UserError(
-            f"split '{split}': no file {path}; there are: {_listed(root.glob('*.csv'))}"
-        )
+        raise UserError(f"split '{split}': no file {path}; there are: {_listed(root, '*.csv')}")
     try:
         rows = [[cell.strip() for cell in row] for row in csv.reader(read_text(path).splitlines())]
     except csv.Error as error:
@@ -88,13 +86,13 @@ def read_yolo_folder(
     if not where:
         raise UserError(
             f"split '{split}': no folder {root / 'images' / split} or {root / split / 'images'}, "
-            f"and no list {root / split}.txt; {root} holds: {_listed(root.glob('*'))}"
+            f"and no list {root / split}.txt; {root} holds: {_listed(root, '*')}"
         )
     if pairs and not any(isfile(labels) for _, labels in pairs.values()):
         image, labels = next(iter(pairs.values()))
         raise UserError(
             f"{where}: none of the {len(pairs)} images has a label file (looked for {labels} and "
-            f"{image.with_suffix('.txt')}); lay the labels out as the images are"
+            f"{_beside(image)}); lay the labels out as the images are"
         )
     dataset = _assemble(where, root, pairs, class_names, skip_bad)
     dataset.notices += notices
@@ -148,14 +146,19 @@ def _pairs_of_list(root: Path, listing: Path) -> Pairs:
         if tails:
             image = next((path for path in tails if isfile(path)), tails[0])
             swapped = Path(*swap_last(image.parts, "images", "labels"))
-            pairs[line.strip()] = image, _label_file(swapped.with_suffix(".txt"), image)
+            pairs[line.strip()] = image, _label_file(_beside(swapped), image)
     return pairs
 
 
 def _label_file(usual: Path, image: Path) -> Path:
     """Return the label file of an image: at its usual place, or else beside the image."""
-    beside = image.with_suffix(".txt")
+    beside = _beside(image)
     return beside if isfile(beside) and not isfile(usual) else usual
+
+
+def _beside(image: Path) -> Path:
+    """Return the path of an image with the suffix of labels; the root folder, `/`, has no name."""
+    return image.with_suffix(".txt") if image.name else image
 
 
 def _assemble(
@@ -241,7 +244,7 @@ def _names(root: Path, label_folders: Iterable[Path]) -> tuple[dict[int, str] | 
     folders = dict.fromkeys(label_folders)
     beside = (folder / name for folder in folders for name in ("classes.txt", "_darknet.labels"))
     usual = (root / name for name in CLASS_FILES)
-    others = (path for path in sorted(root.glob("*.y*ml")) if has_names(path))
+    others = (path for path in sorted(_glob(root, "*.y*ml")) if has_names(path))
     paths = dict.fromkeys(path for path in (*usual, *beside) if isfile(path)) or dict.fromkeys(
         [*others][:1]
     )
@@ -253,5 +256,9 @@ def _names(root: Path, label_folders: Iterable[Path]) -> tuple[dict[int, str] | 
     return names, notice(f"files name other classes than {first}, which counts", unlike)
 
 
-def _listed(paths: Iterable[Path]) -> str:
-    return ", ".join(sorted(path.name for path in paths)) or "nothing"
+def _listed(root: Path, pattern: str) -> str:
+    return ", ".join(sorted(path.name for path in _glob(root, pattern))) or "nothing"
+
+
+def _glob(root: Path, pattern: str) -> Iterable[Path]:
+    return root.glob(pattern) if isdir(root) else ()
