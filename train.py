@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from yolo import cli
 from yolo.config import Config, parse_seconds
@@ -111,7 +111,7 @@ def recognise_data(argv: Sequence[str]) -> "tuple[str, Reading | None]":
         return config or DEFAULT_CONFIG, None
     if config is not None:
         values = cli.read_yaml(Path(config))
-        root = root or setting(config, values, "data_root", str | None)
+        root = root or cli.setting(config, "data_root", str | None, values.get("data_root"))
         if "auto" not in (dataset, values.get("dataset")):
             return config, None
     if root is None:
@@ -143,16 +143,6 @@ def parse_args(
     return args
 
 
-def setting(config_file: str, values: dict[str, Any], key: str, kind: Any) -> Any:
-    """Return a value that a configuration file has, before all of it is parsed; None without."""
-    try:
-        return cli.as_type(kind, values[key]) if key in values else None
-    except ValueError:
-        raise UsageError(
-            f"--config {config_file}: '{key}: {values[key]}' has a value of the wrong type"
-        ) from None
-
-
 def val_fraction(argv: Sequence[str], config_file: str) -> float:
     """Return the share that validates, before the flags are parsed: they depend on it."""
     flag = cli.value_of("--val-fraction", argv)
@@ -161,8 +151,8 @@ def val_fraction(argv: Sequence[str], config_file: str) -> float:
     except ValueError:
         raise UsageError(f"--val-fraction {flag}: want a number between 0 and 1") from None
     if share is None:
-        share = setting(config_file, cli.read_yaml(Path(config_file)), "val_fraction", float)
-    share = Config.val_fraction if share is None else share
+        value = cli.read_yaml(Path(config_file)).get("val_fraction", Config.val_fraction)
+        share = cli.setting(config_file, "val_fraction", float, value)
     if not 0 <= share <= 1:
         raise UsageError(f"--val-fraction {share}: must lie between 0 and 1")
     return share

@@ -135,13 +135,22 @@ def _from_yaml(args_class: type[Args], path: Path) -> Args:
             near = difflib.get_close_matches(str(key), types, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise UsageError(f"--config {path}: unknown key '{key}'{hint}")
-        try:
-            values[key] = as_type(types[key], value)
-        except ValueError:
-            raise UsageError(
-                f"--config {path}: '{key}: {value}' has a value of the wrong type"
-            ) from None
+        values[key] = setting(path, key, types[key], value)
     return args_class(**values)
+
+
+def setting(path: str | Path, key: str, kind: Any, value: Any) -> Any:
+    """Return the value of a key in a YAML file as the type of its field.
+
+    Raises:
+        UsageError: naming file, key and value, if it is none.
+    """
+    try:
+        return as_type(kind, value)
+    except ValueError:
+        raise UsageError(
+            f"--config {path}: '{key}: {value}' has a value of the wrong type"
+        ) from None
 
 
 def as_type(kind: Any, value: Any) -> Any:

@@ -1,12 +1,12 @@
 """What other programs and strangers wrote ends a start with one line, or is left out."""
 
 import json
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoints import compress
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -156,12 +156,7 @@ def test_a_checkpoint_of_the_course_that_is_not_whole_is_one_clear_line(
 
 def test_a_compressed_file_is_refused_before_it_is_unpacked(model: YoloV3, tmp_path: Path) -> None:
     torch.save(ones_of(model), tmp_path / "a.pt")
-    with (
-        zipfile.ZipFile(tmp_path / "a.pt") as stored,
-        zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as packed,
-    ):
-        for name in stored.namelist():
-            packed.writestr(name, stored.read(name))
+    compress(tmp_path / "a.pt", tmp_path / "b.pt")
     with pytest.raises(UserError, match="it is compressed"):
         init_weights(model, tmp_path / "b.pt")
 

@@ -21,12 +21,9 @@ def check_content(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         UserError: naming the first such key.
     """
-    for key, fits in _FITS.items():
-        if key not in content:
+    for key, fits in (_FITS | _FITS_IF_THERE).items():
+        if key not in content and key in _FITS:
             raise _fault(path, f"{key} is missing")
-        if not fits(content[key]):
-            raise _fault(path, f"{key} is not as training writes it")
-    for key, fits in _FITS_IF_THERE.items():
         if key in content and not fits(content[key]):
             raise _fault(path, f"{key} is not as training writes it")
 
