@@ -14,6 +14,11 @@ def one_line(text: str) -> str:
     return f"{shown[: LONGEST_LINE * 2 // 3]} ... {shown[-LONGEST_LINE // 3 + 5 :]}"
 
 
+def reason(error: Exception) -> str:
+    """Return why something failed: of an error of the system, without number and file."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 class UserError(Exception):
     """The user's data, files or machine are wrong: the scripts print one line and exit 1."""
 

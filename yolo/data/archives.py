@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
-from yolo.errors import UserError
+from yolo.errors import UserError, reason
 from yolo.files import check_regular
 
 IMAGE_SUFFIXES = (
@@ -172,10 +172,9 @@ def _write_member(
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{archive}: {inside} cannot be written ({why}); unpack the archive yourself, and name "
-            "its folder"
+            f"{archive}: {inside} cannot be written ({reason(error)}); unpack the archive "
+            "yourself, and name its folder"
         ) from None
 
 

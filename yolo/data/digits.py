@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from yolo.errors import UserError
+from yolo.errors import UserError, reason
 
 NUM_SCENES = {"train": 2000, "test": 500}
 SCENE_SIDES = (160, 320)  # shortest and longest side of a scene, pixels
@@ -67,9 +67,8 @@ def ensure_digits(root: Path, seed: int = 0, progress: bool = True) -> Path:
         root.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
         raise UserError(
-            f"--data-root {root}: cannot be made ({why}); name another folder"
+            f"--data-root {root}: cannot be made ({reason(error)}); name another folder"
         ) from None
     try:
         write_digits(unfinished, seed, progress=progress)

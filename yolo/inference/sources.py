@@ -15,7 +15,7 @@ import numpy as np
 
 from yolo.data.dataset import IMAGE_SUFFIXES
 from yolo.data.images import list_pictures
-from yolo.errors import UsageError, UserError
+from yolo.errors import UsageError, UserError, reason
 from yolo.files import replacing
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv")
@@ -78,7 +78,7 @@ def open_video(source: str, name: str, options: Mapping[str, str] | None = None)
     try:
         container = av.open(source, options=dict(options or {}), timeout=TIMEOUT)
     except (av.FFmpegError, OSError) as error:
-        raise UserError(f"{source}: is no video that can be read ({_reason(error)})") from None
+        raise UserError(f"{source}: is no video that can be read ({reason(error)})") from None
     if not container.streams.video:
         container.close()
         raise UserError(f"{source}: holds no pictures, only sound")
@@ -101,7 +101,7 @@ def _decode(container: av.container.InputContainer, source: str) -> Iterator[Fra
                 seen += 1
                 yield Frame(np.ascontiguousarray(image), last)
         except av.FFmpegError as error:
-            problem = f": {_reason(error)}"
+            problem = f": {reason(error)}"
         if not seen:
             raise UserError(f"{source}: no frame can be read{problem}")
         if problem or seen < container.streams.video[0].frames:
@@ -152,7 +152,3 @@ def _open_address(address: str, downloads: Path) -> list[Path] | Video:
     with replacing(downloads / f"{name}{suffix}") as temporary:
         temporary.write_bytes(content)
     return [downloads / f"{name}{suffix}"]
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
